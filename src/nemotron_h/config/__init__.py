@@ -1,0 +1,1 @@
+"""All settings: frozen values that validate when built. No torch."""

@@ -1,0 +1,14 @@
+"""The absolute grid: where every sequence is cut for arithmetic, counted from its own first token.
+
+One arithmetic rests on it: a token's numbers come from products whose shapes and order follow from the token's place
+on this grid, never from how its prompt was cut or who else is in the call.
+"""
+
+CHUNK = 64  # tokens of the scan: the recurrent state is stored at its multiples
+BLOCK = 256  # keys of one attention product, a multiple of CHUNK
+ROWS = 4  # rows of every matrix product come in multiples: at other counts CPU kernels take other paths, with other bits
+
+
+def round_up(count: int, multiple: int) -> int:
+    """The least multiple that is not under count."""
+    return -(-count // multiple) * multiple

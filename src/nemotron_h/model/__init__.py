@@ -1,0 +1,1 @@
+"""The hybrid as single-device modules, and the state passed through it."""

@@ -1,0 +1,1 @@
+"""Pure functions on tensors: each definition beside its fast path."""

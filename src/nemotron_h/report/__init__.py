@@ -1,0 +1,1 @@
+"""Tables and curves from plain values; knows no other room."""
