@@ -1,0 +1,78 @@
+"""What every settings class is: a frozen value, strict about types, that refuses unknown fields in one line.
+
+    @settings
+    class Schedule:
+        \"\"\"How the learning rate moves.\"\"\"
+        warmup_steps: int
+        decay: Annotated[Decay, Lenient] = Decay.COSINE
+"""
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast, dataclass_transform
+
+from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from nemotron_h.errors import ConfigError
+
+T = TypeVar("T")
+
+STRICT = ConfigDict(extra="forbid", strict=True)
+Lenient = Strict(False)  # for tuples, enums and paths, which TOML and JSON write as lists and strings
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def settings(cls: type[T]) -> type[T]:
+    """Make cls a frozen pydantic dataclass whose only error is ConfigError."""
+    made = dataclass(frozen=True, kw_only=True, config=STRICT)(cls)
+    validate = cast(Callable[..., None], made.__init__)
+
+    def __init__(self: T, **values: Any) -> None:
+        try:
+            validate(self, **values)
+        except ValidationError as error:
+            raise ConfigError(one_line(error, fields_of(cls))) from None
+
+    made.__init__ = __init__  # type: ignore[method-assign,assignment]
+    return cast(type[T], made)
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Build cls from plain values (a TOML table, a JSON object). where: what the message names first, a file say."""
+    try:
+        return TypeAdapter(cls).validate_python(dict(values))
+    except ValidationError as error:
+        raise ConfigError(where + one_line(error, fields_of(cls))) from None
+    except ConfigError as error:
+        raise ConfigError(where + str(error)) from None
+
+
+def fields_of(cls: type) -> list[str]:
+    """The dotted names of every field, those of nested settings included."""
+    names = []
+    for name, field in getattr(cls, "__dataclass_fields__", {}).items():
+        names.append(name)
+        if isinstance(field.type, type):
+            names += [f"{name}.{inner}" for inner in fields_of(field.type)]
+    return names
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """`; did you mean X?` where one is near, else the names there are."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+
+
+def one_line(error: ValidationError, known: list[str]) -> str:
+    """The first complaint of a pydantic error, in our grammar: *what: rule; got value; do this.*"""
+    first = error.errors(include_url=False)[0]
+    name = ".".join(str(part) for part in first["loc"])
+    match first["type"]:
+        case "unexpected_keyword_argument" | "extra_forbidden":
+            return f"{name}: unknown setting; {nearest(name, known)}"
+        case "missing" | "missing_keyword_only_argument":
+            return f"{name}: must be given; got nothing"
+        case _:
+            rule = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+            return f"{name}: must be {rule}; got {first['input']!r}"
