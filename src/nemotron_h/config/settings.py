@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast, dataclass_transform
 
-from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Strict, ValidationError
 from pydantic.dataclasses import dataclass
 
 from nemotron_h.errors import ConfigError
@@ -32,30 +32,22 @@ def settings(cls: type[T]) -> type[T]:
         try:
             validate(self, **values)
         except ValidationError as error:
-            raise ConfigError(one_line(error, fields_of(cls))) from None
+            raise ConfigError(one_line(error, list(made.__dataclass_fields__))) from None
 
     made.__init__ = __init__  # type: ignore[method-assign,assignment]
     return cast(type[T], made)
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
-    """Build cls from plain values (a TOML table, a JSON object). where: what the message names first, a file say."""
+    """Build cls from plain values (a TOML table, a JSON object), nested settings too; where: the dotted name so far."""
+    built = dict(values)
+    for name, field in getattr(cls, "__dataclass_fields__", {}).items():
+        if isinstance(built.get(name), Mapping) and hasattr(field.type, "__pydantic_validator__"):
+            built[name] = from_mapping(field.type, built[name], f"{where}{name}.")
     try:
-        return TypeAdapter(cls).validate_python(dict(values))
-    except ValidationError as error:
-        raise ConfigError(where + one_line(error, fields_of(cls))) from None
+        return cls(**built)
     except ConfigError as error:
         raise ConfigError(where + str(error)) from None
-
-
-def fields_of(cls: type) -> list[str]:
-    """The dotted names of every field, those of nested settings included."""
-    names = []
-    for name, field in getattr(cls, "__dataclass_fields__", {}).items():
-        names.append(name)
-        if isinstance(field.type, type):
-            names += [f"{name}.{inner}" for inner in fields_of(field.type)]
-    return names
 
 
 def nearest(name: str, known: list[str]) -> str:
