@@ -1,10 +1,10 @@
 """What every settings class is: a frozen value, strict about types, that refuses unknown fields in one line.
 
-    @settings
-    class Schedule:
-        \"\"\"How the learning rate moves.\"\"\"
-        warmup_steps: int
-        decay: Annotated[Decay, Lenient] = Decay.COSINE
+@settings
+class Schedule:
+    \"\"\"How the learning rate moves.\"\"\"
+    warmup_steps: int
+    decay: Annotated[Decay, Lenient] = Decay.COSINE
 """
 
 import difflib
