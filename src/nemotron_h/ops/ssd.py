@@ -1,0 +1,148 @@
+"""The state-space recurrence of Mamba-2: its definition, and the chunked form that every call uses.
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T        y_t = h_t C_t
+
+Letters: b sequences, l tokens, h heads, p head width, n state size, g groups (r = h/g heads share B and C),
+         s segments, c chunks of CHUNK places, m queries of a chunk (the places whose outputs are wanted).
+
+Within a chunk, with a = cumsum(dt A) and i, j places of it:
+    y_i = sum_{j <= i} (C_i . B_j) exp(a_i - a_j) dt_j x_j  +  exp(a_i) C_i . boundary
+and the boundary moves on once, when the next chunk begins:
+    boundary' = exp(a_end) boundary + sum_j exp(a_end - a_j) dt_j x_j B_j^T
+
+A query is always the same products of the same shape, against all CHUNK places of its chunk, whether it is read among
+others or generated alone: that is what makes the bits independent of how a prompt was cut. A decode step is a chunk
+with few queries, replayed from the boundary; it reads the state and does not write it.
+
+Source: Dao and Gu 2024, arXiv:2405.21060, section 6 for the chunked form.
+"""
+
+import torch
+from torch import Tensor
+
+from nemotron_h.grid import CHUNK
+from nemotron_h.ops.segments import Segments
+from nemotron_h.ops.shapes import expect
+
+
+def ssd_recurrence(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token at a time, as the formula reads. Every other path must equal it.
+
+    x (b, l, h, p), dt (b, l, h) after softplus, A (h) negative, B and C (b, l, g, n), state (b, h, p, n).
+    Returns: y (b, l, h, p) and the state after the last token.
+    """
+    heads_per_group = x.shape[2] // B.shape[2]
+    B, C = (t.repeat_interleave(heads_per_group, dim=2) for t in (B, C))  # (b, l, h, n)
+    outputs = []
+    for t in range(x.shape[1]):
+        decay = torch.exp(dt[:, t] * A)  # (b, h)
+        write = torch.einsum("bh,bhp,bhn->bhpn", dt[:, t], x[:, t], B[:, t])
+        state = decay[..., None, None] * state + write  # (b, h, p, n)
+        outputs.append(torch.einsum("bhpn,bhn->bhp", state, C[:, t]))
+    return torch.stack(outputs, dim=1), state
+
+
+def ssd(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, segments: Segments, boundary: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Outputs of every query of every chunk, and the state at each segment's last boundary.
+
+    Shapes: x (c, h, CHUNK, p), B (c, g, CHUNK, n) any float; dt (c, CHUNK, h) float32, after softplus, zero where
+        nothing stands yet; A (h) float32, negative; C (c, g, m, n) any float;
+        boundary (s, h, p, n) float32, the state at the beginning of each segment's first chunk, None for zeros.
+    Returns: y (c, h, m, p) float32; (s, h, p, n) float32, the state at the beginning of each segment's last chunk, or
+        None where it is what was given.
+    Raises: ShapeError, naming the argument.
+    """
+    c, h, _, p = x.shape
+    g, m, n = C.shape[1:]
+    r = h // g
+    expect(x, "x", (segments.num_chunks, h, CHUNK, p))
+    expect(dt, "dt", (c, CHUNK, h), torch.float32)
+    expect(A, "A", (h,), torch.float32)
+    expect(B, "B", (c, g, CHUNK, n))
+    expect(C, "C", (c, g, segments.queries, n))
+
+    # float64: a running sum's bits must not depend on where the call began
+    a = (dt.double() * A.double()).cumsum(1).float().transpose(1, 2).contiguous()  # (c, h, CHUNK)
+    xdt = (x.float() * dt.transpose(1, 2)[..., None]).contiguous()  # (c, h, CHUNK, p)
+    B = B.float().contiguous().view(c * g, CHUNK, n)
+    C = C.float().contiguous().view(c * g, m, n)
+
+    a_queries, mask = a, _causal(segments, x.device)
+    if m < CHUNK:
+        places = segments.query_places.to(x.device)[:, None].expand(c, h, m)
+        a_queries = a.gather(2, places)  # (c, h, m)
+    decay = (a_queries[..., None] - a[..., None, :]).masked_fill_(mask, -torch.inf).exp_()  # (c, h, m, CHUNK)
+    scores = torch.bmm(C, B.transpose(1, 2)).view(c, g, 1, m, CHUNK)
+    mixed = (scores * decay.view(c, g, r, m, CHUNK)).view(c * h, m, CHUNK)
+    y = torch.bmm(mixed, xdt.view(c * h, CHUNK, p)).view(c, h, m, p)
+
+    before, after = _boundaries(xdt, a, B, segments, boundary)
+    if before is not None:
+        read = torch.bmm(C, before.reshape(c * g, r * p, n).transpose(1, 2))  # (c g, m, r p)
+        read = read.view(c, g, m, r, p).transpose(2, 3).reshape(c, h, m, p)
+        y = y + read * a_queries.exp()[..., None]
+    return y, after
+
+
+def settled(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, boundary: Tensor) -> Tensor:
+    """The state after the chunk at hand, (s, h, p, n): the boundary moved on by the inputs since.
+
+    x (s, h, CHUNK, p), dt (s, CHUNK, h), B (s, g, CHUNK, n), with zeros where nothing stands yet.
+    """
+    a = (dt.double() * A.double()).cumsum(1).float().transpose(1, 2)
+    return _moved(x.float() * dt.transpose(1, 2)[..., None], a, B.float(), boundary)
+
+
+def _causal(segments: Segments, device: torch.device) -> Tensor:
+    """True where a place lies after the query: (1 or c, 1, m, CHUNK)."""
+    ahead = torch.arange(CHUNK) > segments.query_places[..., None]  # (c, m, CHUNK)
+    if segments.queries == CHUNK:
+        ahead = ahead[:1]
+    return ahead[:, None].to(device)
+
+
+def _boundaries(
+    xdt: Tensor, a: Tensor, B: Tensor, segments: Segments, boundary: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The state before each chunk, (c, h, p, n), None for all zeros; and before each segment's last one."""
+    c, h, _, p = xdt.shape
+    g, n = B.shape[0] // c, B.shape[2]
+    counts = segments.chunks
+    longest = max(counts)
+    if longest == 1:
+        return boundary, None
+    state = boundary if boundary is not None else xdt.new_zeros(len(counts), h, p, n)
+    gains, writes = a[..., -1].exp(), _writes(xdt, a, B.view(c, g, CHUNK, n))
+    if len(set(counts)) == 1:
+        gains, writes = gains.view(-1, longest, h, 1, 1), writes.view(-1, longest, h, p, n)
+        steps = [state]
+        for step in range(longest - 1):
+            state = state * gains[:, step] + writes[:, step]
+            steps.append(state)
+        return torch.stack(steps, 1).view(c, h, p, n), state
+    befores, afters = [], []
+    for index, (first, count) in enumerate(zip(segments.chunk_begins, counts, strict=True)):
+        state_s = state[index]
+        befores.append(state_s)
+        for chunk in range(first, first + count - 1):
+            state_s = state_s * gains[chunk][:, None, None] + writes[chunk]
+            befores.append(state_s)
+        afters.append(state_s)
+    return torch.stack(befores), torch.stack(afters)
+
+
+def _writes(xdt: Tensor, a: Tensor, B: Tensor) -> Tensor:
+    """What each chunk adds to the state by its end: (c, h, p, n)."""
+    c, h, _, p = xdt.shape
+    g, n = B.shape[1], B.shape[3]
+    weighted = xdt * (a[..., -1:] - a).exp()[..., None]
+    rows = weighted.transpose(2, 3).reshape(c * g, h // g * p, CHUNK)
+    return torch.bmm(rows, B.reshape(c * g, CHUNK, n)).view(c, h, p, n)
+
+
+def _moved(xdt: Tensor, a: Tensor, B: Tensor, boundary: Tensor) -> Tensor:
+    return boundary * a[..., -1].exp()[..., None, None] + _writes(xdt, a, B)
