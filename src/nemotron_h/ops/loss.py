@@ -60,7 +60,10 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad != 1:  # the gradients were made in the forward walk, for a loss that counts once
-            grad_hidden, grad_weight = grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad.to(grad_weight.dtype)
+            grad_hidden, grad_weight = (
+                grad_hidden * grad.to(grad_hidden.dtype),
+                grad_weight * grad.to(grad_weight.dtype),
+            )
         return grad_hidden, grad_weight, None
 
 

@@ -32,7 +32,9 @@ class Segments:
 
     def __post_init__(self) -> None:
         if len(self.starts) != len(self.lengths) or not self.lengths:
-            raise ShapeError(f"segments: must have a start for each length; got {len(self.starts)}, {len(self.lengths)}")
+            raise ShapeError(
+                f"segments: must have a start for each length; got {len(self.starts)}, {len(self.lengths)}"
+            )
         if min(self.lengths) < 1 or min(self.starts) < 0:
             raise ShapeError(f"segments: must have lengths of 1 or more and starts of 0 or more; got {self}")
 

@@ -25,9 +25,7 @@ from nemotron_h.ops.segments import Segments
 from nemotron_h.ops.shapes import expect
 
 
-def ssd_recurrence(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
+def ssd_recurrence(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """One token at a time, as the formula reads. Every other path must equal it.
 
     x (b, l, h, p), dt (b, l, h) after softplus, A (h) negative, B and C (b, l, g, n), state (b, h, p, n).

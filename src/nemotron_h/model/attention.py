@@ -1,0 +1,44 @@
+"""The attention mixer: grouped queries, no bias, no position embedding unless the config has RoPE."""
+
+import torch
+from torch import Tensor, nn
+
+from nemotron_h.config.model import AttentionConfig
+from nemotron_h.grid import BLOCK
+from nemotron_h.model.linear import Linear
+from nemotron_h.model.state import AttentionState
+from nemotron_h.ops.attention import attention_blocks, attention_whole, rotate
+from nemotron_h.ops.segments import Segments
+
+
+class Attention(nn.Module):
+    """u (rows, hidden) -> (rows, hidden)."""
+
+    def __init__(self, config: AttentionConfig, hidden_size: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.config = config
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = Linear(hidden_size, queries, dtype=dtype, device=device)
+        self.k_proj = Linear(hidden_size, keys, dtype=dtype, device=device)
+        self.v_proj = Linear(hidden_size, keys, dtype=dtype, device=device)
+        self.o_proj = Linear(queries, hidden_size, dtype=dtype, device=device)
+
+    def forward(
+        self, u: Tensor, segments: Segments, state: AttentionState | None, tables: list[list[int]] | None
+    ) -> Tensor:
+        config, rows = self.config, u.shape[0]
+        q = self.q_proj(u).view(rows, config.num_heads, config.head_dim)
+        k = self.k_proj(u).view(rows, config.num_kv_heads, config.head_dim)
+        v = self.v_proj(u).view(rows, config.num_kv_heads, config.head_dim)
+        if config.rope_base is not None:
+            positions = segments.positions(u.device)
+            q, k = (rotate(t, positions, config.rope_base, config.rope_width) for t in (q, k))
+        if q.requires_grad:
+            mixed = attention_whole(q, k, v, segments)
+        else:
+            if state is None or tables is None:  # nothing to remember: pages for this call alone
+                counts = [-(-length // BLOCK) for length in segments.lengths]
+                tables = [list(range(sum(counts[:i]), sum(counts[: i + 1]))) for i in range(len(counts))]
+                state = AttentionState.zeros(config, sum(counts), u.dtype, u.device)
+            mixed = attention_blocks(q, segments, state.push(k, v, segments, tables))
+        return self.o_proj(mixed.reshape(rows, -1))  # type: ignore[no-any-return]

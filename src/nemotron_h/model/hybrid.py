@@ -1,0 +1,156 @@
+"""The hybrid on one page: an embedding, layers of `x + mixer(norm(x))`, a norm and a head.
+
+    logits = model(tokens, state)
+
+Modules carry the published names (`backbone.layers.7.mixer.q_proj.weight`), so a published checkpoint needs no map.
+Source: arXiv:2504.03624, section 2.1.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nemotron_h.config.model import AttentionConfig, LayerConfig, MambaConfig, MlpConfig, ModelConfig
+from nemotron_h.errors import ShapeError
+from nemotron_h.model.attention import Attention
+from nemotron_h.model.linear import Linear
+from nemotron_h.model.mamba import Gain, Mamba
+from nemotron_h.model.mlp import Mlp
+from nemotron_h.model.state import AttentionState, MambaState, State
+from nemotron_h.ops.norm import rms_norm
+from nemotron_h.ops.segments import Segments
+
+
+class Hybrid(nn.Module):
+    """A Nemotron-H model. Weights are empty until they are initialised (`init.py`) or loaded.
+
+    dtype: of the weights (the Mamba layers' A_log, D and dt_bias are float32 always); compute_dtype: of the products
+    and of the residual stream, by default the weights'. float32 weights with bfloat16 products are how it is trained.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        device = torch.device(device)
+        self.config = config
+        self.compute_dtype = compute_dtype or dtype
+        self.backbone = Backbone(config, dtype=dtype, device=device)
+        if not config.tied_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype=dtype, device=device)
+
+    def forward(self, tokens: Tensor, state: State | None = None, *, documents: Tensor | None = None) -> Tensor:
+        """Logits (b, l, vocab), float32, of tokens (b, l) int64.
+
+        state: what came before each of the b sequences; it moves on by l tokens. documents: (b, l), for packed
+        sequences, constant along a document; each document is computed as if it stood alone.
+        """
+        batch, length = tokens.shape
+        segments = self.segments(tokens, state, documents)
+        hidden = self.hidden(tokens.flatten(), segments, state)
+        return self.logits(hidden)[: segments.tokens].view(batch, length, -1)
+
+    def segments(self, tokens: Tensor, state: State | None = None, documents: Tensor | None = None) -> Segments:
+        """Which rows of the call belong together: tokens (b, l), the rest as in `forward`."""
+        batch, length = tokens.shape
+        if documents is not None:
+            if state is not None:
+                raise ShapeError("documents: must not be given with a state; pack only whole documents")
+            if documents.shape != tokens.shape:
+                raise ShapeError(f"documents: must have shape {tuple(tokens.shape)}; got {tuple(documents.shape)}")
+            return Segments.of_documents(documents)
+        return Segments.of_batch(batch, length) if state is None else state.segments([length] * batch)
+
+    def hidden(self, tokens: Tensor, segments: Segments, state: State | None = None) -> Tensor:
+        """What the head reads, (rows, hidden): tokens (segments.tokens,) int64. The state moves on."""
+        x = F.embedding(F.pad(tokens, (0, segments.rows - segments.tokens)), self.backbone.embeddings.weight)
+        x = x.to(self.compute_dtype)
+        for index, layer in enumerate(self.backbone.layers):
+            x = layer(x, segments, state.layers[index] if state is not None else None, state and state.tables)
+        if state is not None:
+            state.advance(segments)
+        return self.backbone.norm_f(x)  # type: ignore[no-any-return]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(rows, hidden) -> (rows, vocab) float32. rows: a multiple of ROWS, for bits that do not depend on it."""
+        return F.linear(hidden, self.head_weight.to(hidden.dtype)).float()
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """(vocab, hidden): the head's own, or the embedding's where they are tied."""
+        return self.backbone.embeddings.weight if self.config.tied_embeddings else self.lm_head.weight
+
+    def empty_state(self, batch: int) -> State:
+        """A state before the first token of so many sequences."""
+        return State.zeros(self.config, batch, dtype=self.compute_dtype, device=self.head_weight.device)
+
+
+class Backbone(nn.Module):
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.embeddings = Table(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self.layers = nn.ModuleList(
+            Layer(layer, config.hidden_size, config.norm_epsilon, dtype=dtype, device=device) for layer in config.layers
+        )
+        self.norm_f = Norm(config.hidden_size, config.norm_epsilon, dtype=dtype, device=device)
+
+
+class Layer(nn.Module):
+    """x + mixer(norm(x)), the mixer being what the config says."""
+
+    def __init__(
+        self, config: LayerConfig, hidden_size: int, epsilon: float, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.norm = Norm(hidden_size, epsilon, dtype=dtype, device=device)
+        self.mixer: Mamba | Attention | Mlp
+        match config:
+            case MambaConfig():
+                self.mixer = Mamba(config, hidden_size, epsilon, dtype=dtype, device=device)
+            case AttentionConfig():
+                self.mixer = Attention(config, hidden_size, dtype=dtype, device=device)
+            case MlpConfig():
+                self.mixer = Mlp(config, hidden_size, dtype=dtype, device=device)
+
+    def forward(
+        self,
+        x: Tensor,
+        segments: Segments,
+        state: MambaState | AttentionState | None,
+        tables: list[list[int]] | None,
+    ) -> Tensor:
+        u = self.norm(x)
+        match self.mixer, state:
+            case Mamba() as mamba, MambaState() | None:
+                return x + mamba(u, segments, state)
+            case Attention() as attention, AttentionState() | None:
+                return x + attention(u, segments, state, tables)
+            case Mlp() as mlp, None:
+                return x + mlp(u)
+        raise ShapeError(
+            f"state: must be of the model's own layers; got {type(state).__name__} for {type(self.mixer).__name__}"
+        )
+
+
+class Norm(Gain):
+    """RMSNorm with its gain rounded to the stream's dtype: a checkpoint saved in that dtype computes the same bits."""
+
+    def __init__(self, channels: int, epsilon: float, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(channels, dtype=dtype, device=device)
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight.to(x.dtype), self.epsilon)
+
+
+class Table(nn.Module):
+    """The embedding (vocab, hidden)."""
+
+    def __init__(self, rows: int, columns: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=device))

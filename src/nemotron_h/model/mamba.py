@@ -1,0 +1,85 @@
+"""The Mamba-2 mixer (arXiv:2504.03624, section 2.1; Dao and Gu 2024, arXiv:2405.21060).
+
+    z | x | B | C | dt = in_proj(u)
+    x | B | C = silu(conv(x | B | C))            dt = clamp(softplus(dt + dt_bias), time_step_limit)
+    h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T   y_t = h_t C_t + D x_t           A = -exp(A_log)
+    out = out_proj(grouped_norm(y * silu(z)))
+
+Letters: h heads, p head width, n state size, g groups, rows as in `ops/segments.py`.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from nemotron_h.config.model import MambaConfig
+from nemotron_h.model.linear import Linear
+from nemotron_h.model.state import MambaState
+from nemotron_h.ops.activation import softplus
+from nemotron_h.ops.conv import causal_conv
+from nemotron_h.ops.norm import gated_rms_norm
+from nemotron_h.ops.segments import Segments
+from nemotron_h.ops.ssd import ssd
+
+
+class Mamba(nn.Module):
+    """u (rows, hidden) -> (rows, hidden)."""
+
+    def __init__(
+        self, config: MambaConfig, hidden_size: int, epsilon: float, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.config, self.epsilon = config, epsilon
+        inner, channels, heads = config.inner_size, config.conv_channels, config.num_heads
+        self.in_proj = Linear(hidden_size, inner + channels + heads, dtype=dtype, device=device)
+        self.conv1d = Taps(channels, config.conv_kernel, dtype=dtype, device=device)
+        # float32: what is small in them decides how long the layer remembers
+        for name in ("dt_bias", "A_log", "D"):
+            setattr(self, name, nn.Parameter(torch.empty(heads, dtype=torch.float32, device=device)))
+        self.norm = Gain(inner, dtype=dtype, device=device)
+        self.out_proj = Linear(inner, hidden_size, dtype=dtype, device=device)
+
+    def forward(self, u: Tensor, segments: Segments, state: MambaState | None) -> Tensor:
+        config, rows = self.config, u.shape[0]
+        h, p, g, n = config.num_heads, config.head_dim, config.num_groups, config.state_size
+        z, xbc, dt = self.in_proj(u).split([config.inner_size, config.conv_channels, h], dim=-1)
+
+        carried = state.conv if state is not None else None
+        weight, bias = self.conv1d.weight.to(u.dtype), self.conv1d.bias.to(u.dtype)
+        convolved = causal_conv(xbc, weight, bias, segments, carried)
+        x, B, C = convolved.split([config.inner_size, g * n, g * n], dim=-1)
+        x, B, C = x.view(rows, h, p), B.view(rows, g, n), C.view(rows, g, n)
+        dt = softplus(dt.float() + self.dt_bias).clamp(*config.time_step_limit)
+
+        if state is None:
+            chunks = segments.spread(x).transpose(1, 2), segments.spread(dt), segments.spread(B).transpose(1, 2)
+            boundary = None
+        else:
+            state.push_conv(xbc, segments)
+            chunks = state.push_inputs(x, dt, B, segments)
+            boundary = state.boundary
+        queries = segments.spread_queries(C).transpose(1, 2)  # (c, g, m, n)
+        xs, dts, Bs = chunks
+        y, moved = ssd(xs, dts, -torch.exp(self.A_log), Bs, queries, segments, boundary)
+        if state is not None:
+            state.move_on(moved)
+        y = segments.collect_queries(y.transpose(1, 2)) + self.D[:, None] * x.float()  # (rows, h, p)
+        gain = self.norm.weight.to(u.dtype)
+        normed = gated_rms_norm(y.reshape(rows, config.inner_size), z, gain, g, self.epsilon)
+        return self.out_proj(normed)  # type: ignore[no-any-return]
+
+
+class Taps(nn.Module):
+    """The conv's weight (channels, 1, kernel) and bias (channels), under their published names."""
+
+    def __init__(self, channels: int, kernel: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, kernel, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.empty(channels, dtype=dtype, device=device))
+
+
+class Gain(nn.Module):
+    """A norm's gain (channels)."""
+
+    def __init__(self, channels: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, dtype=dtype, device=device))
