@@ -161,7 +161,7 @@ def install_torch(python: Path, *, cpu_index: str, probe_seconds: float) -> str:
     if try_install(python, build):
         return f"PyTorch: {version}+cpu, the CPU build of the configured package index"
     if not answers(f"{cpu_index.rstrip('/')}/torch/", seconds=probe_seconds):
-        reason = f"{cpu_index} did not answer in {probe_seconds:g} seconds"
+        reason = f"no answer from {cpu_index} within {probe_seconds:g} seconds"
     elif try_install(python, "--index-url", cpu_index, build):
         return f"PyTorch: {version}+cpu, the CPU build of {cpu_index}"
     else:
@@ -196,7 +196,7 @@ def try_install(python: Path, *arguments: str) -> bool:
 
 
 def answers(url: str, *, seconds: float) -> bool:
-    """Whether anything useful answers at url in time, through the environment's proxies.
+    """Whether a server answers at url in time, through the environment's proxies.
 
     In a thread, because looking up a name obeys no timeout.
     """
@@ -206,6 +206,9 @@ def answers(url: str, *, seconds: float) -> bool:
         try:
             with urllib.request.urlopen(url, timeout=seconds):
                 replies.append(True)
+        except urllib.error.HTTPError as error:
+            error.close()
+            replies.append(True)
         except urllib.error.URLError as error:
             # A certificate unknown here may be known to pip, which brings its own.
             replies.append(isinstance(error.reason, ssl.SSLCertVerificationError))
