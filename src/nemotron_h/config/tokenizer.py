@@ -22,9 +22,8 @@ class TokenizerConfig:
             raise ConfigError(f"sample_bytes: must be positive; got {self.sample_bytes}")
         smallest = len(self.control_names) + NUM_BYTES
         if self.vocab_size < smallest:
-            raise ConfigError(
-                f"vocab_size: must hold the control tokens and {NUM_BYTES} bytes, {smallest} in all; got {self.vocab_size}"
-            )
+            rule = f"must hold the control tokens and {NUM_BYTES} bytes, {smallest} in all"
+            raise ConfigError(f"vocab_size: {rule}; got {self.vocab_size}")
 
     @property
     def control_names(self) -> list[str]:

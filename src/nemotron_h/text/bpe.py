@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Engine
 
 from nemotron_h.config.tokenizer import CONTROL_NAMES, TokenizerConfig
 from nemotron_h.errors import DataError
-from nemotron_h.text.tokenizer import Tokenizer
+from nemotron_h.text.tokenizer import Tokenizer, utf8
 
 # Letters by case: `HTTPServer` is `HTTPServer`, `parseHeader` is `parse` and `Header`. Marks may go with either case.
 UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
@@ -60,8 +60,8 @@ def train(documents: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     learnt = engine.get_vocab_size()
     if learnt < config.vocab_size:
         raise DataError(
-            f"documents: too little text for tokenizer.vocab_size={config.vocab_size}; "
-            f"learnt {learnt} tokens; give more text or ask for {learnt}"
+            f"vocab_size: must be at most what the documents teach, {learnt}; got {config.vocab_size}; "
+            f"give more text or ask for {learnt}"
         )
     unk, bos, eos = CONTROL_NAMES
     settings = {
@@ -82,7 +82,7 @@ def sample(documents: Iterable[str], limit_bytes: int) -> Iterator[str]:
     kept: list[tuple[int, bytes]] = []  # a heap: the largest hash first, by its negative
     total = 0
     for document in documents:
-        content = document.encode()
+        content = utf8(document)
         key = -int.from_bytes(hashlib.blake2b(content, digest_size=16).digest())
         heapq.heappush(kept, (key, content))
         total += len(content)

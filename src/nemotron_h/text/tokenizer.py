@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import tokenizers
 
@@ -21,6 +21,7 @@ from nemotron_h.errors import CheckpointError, DataError, UnsupportedError
 
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
+MAX_ID = 2**31 - 1  # shards and models keep ids in int32
 UNK, BOS, EOS = CONTROL_NAMES
 
 
@@ -35,13 +36,13 @@ class Tokenizer:
         data = _parse_object(source, where)
         _check_kind(data, where)
         self._ids, self._control, self._special = _read_names(data, where)
-        self._bytes = {i: name.encode() if i in self._control else _spelt(name) for name, i in self._ids.items()}
         self._engine = _build_engine(data, self._control, self._ids, where)
+        self._bytes = {i: name.encode() if i in self._control else _spelt(name) for name, i in self._ids.items()}
         named = _parse_object(settings, where.with_name(SETTINGS_FILE)) if settings is not None else {}
-        self.unk_id, self.bos_id, self.eos_id = (
-            self._named_id(named, key, name)
-            for key, name in (("unk_token", UNK), ("bos_token", BOS), ("eos_token", EOS))
-        )
+        self.vocab_size = max(self._bytes) + 1  # one more than the largest id
+        self.unk_id = self._named_id(named, "unk_token", UNK)
+        self.bos_id = self._named_id(named, "bos_token", BOS)
+        self.eos_id = self._named_id(named, "eos_token", EOS)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -64,11 +65,6 @@ class Tokenizer:
         _write(folder / TOKENIZER_FILE, self._source)
 
     @property
-    def vocab_size(self) -> int:
-        """One more than the largest id."""
-        return max(self._bytes) + 1
-
-    @property
     def special_ids(self) -> frozenset[int]:
         """Control tokens that `decode` leaves out unless asked to show them."""
         return self._special
@@ -83,7 +79,7 @@ class Tokenizer:
             return [encoding.ids for encoding in self._engine.encode_batch_fast(texts, add_special_tokens=False)]
         except TypeError:
             for text in texts:
-                _check_text(text)
+                utf8(text)
             raise
 
     def decode(self, ids: Iterable[int], *, special_visible: bool = False) -> str:
@@ -96,9 +92,8 @@ class Tokenizer:
         try:
             return self._bytes[token_id]
         except KeyError:
-            raise DataError(
-                f"token id: must be one of {self._where.name}'s, under {self.vocab_size}; got {token_id}"
-            ) from None
+            rule = f"must be one that {self._where.name} gives a meaning, under {self.vocab_size}"
+            raise DataError(f"token id: {rule}; got {token_id}") from None
 
     def token_id(self, name: str) -> int:
         """The id of a control token, by its name."""
@@ -168,10 +163,15 @@ def _check_kind(data: dict[str, Any], where: Path) -> None:
         return last.get("type") if isinstance(last, dict) else last
 
     for key, wanted in (("model", "BPE"), ("pre_tokenizer", "ByteLevel"), ("decoder", "ByteLevel")):
-        if kind(key) != wanted:
-            raise UnsupportedError(f"{where}: {key} must be {wanted}, as in the family; got {kind(key)!r}")
-    if data["model"].get("dropout"):
-        raise UnsupportedError(f"{where}: model.dropout must be off; got {data['model']['dropout']!r}")
+        found = kind(key)
+        if not isinstance(found, str):
+            raise CheckpointError(f"{where}: {key} must be an object with a type; got {found!r:.80}")
+        if found != wanted:
+            raise UnsupportedError(f"{where}: {key} must be {wanted}, as in the family; got {found!r}")
+    # a prefix or suffix marks pieces of words, which bytes do not know; the library aborts the process on some
+    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if data["model"].get(option):
+            raise UnsupportedError(f"{where}: model.{option} must be off; got {data['model'][option]!r}")
 
 
 def _read_names(data: dict[str, Any], where: Path) -> tuple[dict[str, int], frozenset[int], frozenset[int]]:
@@ -181,35 +181,39 @@ def _read_names(data: dict[str, Any], where: Path) -> tuple[dict[str, int], froz
         raise CheckpointError(f"{where}: model.vocab must map each token to an id of 0 or more; it does not")
     missing = [byte for letter, byte in BYTE_OF_LETTER.items() if letter not in vocabulary]
     if missing:
-        raise UnsupportedError(
-            f"{where}: model.vocab must hold all {len(BYTE_OF_LETTER)} bytes; byte {missing[0]} is missing"
-        )
+        rule = "must hold every byte, or some text has no ids"
+        raise UnsupportedError(f"{where}: model.vocab {rule}; got none for byte {missing[0]}")
     ids = dict(vocabulary)
-    control, special = set(), set()
+    control: set[int] = set()
+    special: set[int] = set()
     for entry in added if isinstance(added, list) else [added]:
-        name, i = (entry.get("content"), entry.get("id")) if isinstance(entry, dict) else (None, None)
-        if not isinstance(name, str) or not name or not _is_id(i) or ids.setdefault(name, i) != i:
-            raise CheckpointError(
-                f"{where}: added_tokens must give each token one content and one id; got {entry!r:.80}"
-            )
-        control.add(i)
+        name, token = (entry.get("content"), entry.get("id")) if isinstance(entry, dict) else (None, None)
+        if not _is_name(name) or not _is_id(token) or ids.setdefault(name, token) != token:
+            raise CheckpointError(f"{where}: added_tokens must have a content and its one id each; got {entry!r:.80}")
+        control.add(token)
         if entry.get("special"):
-            special.add(i)
-    if len(set(ids.values())) != len(ids):
-        raise CheckpointError(
-            f"{where}: every token must have an id of its own; {len(ids)} tokens share {len(set(ids.values()))} ids"
-        )
+            special.add(token)
+    distinct = len(set(ids.values()))
+    if distinct != len(ids):
+        raise CheckpointError(f"{where}: every token must have an id of its own; got {len(ids)} tokens, {distinct} ids")
     return ids, frozenset(control), frozenset(special)
 
 
-def _is_id(value: object) -> bool:
-    return type(value) is int and value >= 0
+def _is_id(value: object) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value <= MAX_ID
+
+
+def _is_name(value: object) -> TypeGuard[str]:
+    """Whether a control token may be called so: as a byte's letter it would take that byte away from text."""
+    if not isinstance(value, str) or not value or value in BYTE_OF_LETTER:
+        return False
+    return not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _build_engine(
     data: dict[str, Any], control: frozenset[int], ids: dict[str, int], where: Path
 ) -> tokenizers.Tokenizer:
-    """The library's encoder over a vocabulary without control tokens: no text can reach one, whatever the file's flags."""
+    """The library's encoder over a vocabulary without control tokens: no text reaches one, whatever its flags."""
     hidden = {name for name, i in ids.items() if i in control}
     model = dict(data["model"])
     model["vocab"] = {name: i for name, i in model["vocab"].items() if name not in hidden}
@@ -222,7 +226,8 @@ def _build_engine(
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(plain))
     except Exception as error:  # the library raises nothing narrower
-        raise CheckpointError(f"{where}: the tokenizers library cannot read it: {error}") from None
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{where}: must be what the tokenizers library reads; got {reason}") from None
 
 
 def _touches(merge: object, hidden: set[str]) -> bool:
@@ -233,9 +238,10 @@ def _touches(merge: object, hidden: set[str]) -> bool:
     return not hidden.isdisjoint([*parts, "".join(parts)])
 
 
-def _check_text(text: str) -> None:
+def utf8(text: str) -> bytes:
+    """The bytes of text, which lone surrogates have none of."""
     try:
-        text.encode()
+        return text.encode()
     except UnicodeEncodeError as error:
         found = f"U+{ord(text[error.start]):04X} at character {error.start}"
         raise DataError(f"text: must be Unicode without lone surrogates; got {found}") from None
