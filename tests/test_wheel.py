@@ -1,0 +1,84 @@
+"""The wheel, built by way of the source distribution, in an environment that has never seen the checkout."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import nemotron_h
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "src/nemotron_h"
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dist")
+    # The build backend comes from the package index that pip is configured with.
+    subprocess.run([sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT)], check=True)
+    [path] = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with the wheel. The libraries it needs are those of the environment the tests run in."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    subprocess.run([sys.executable, "-m", "venv", str(folder / "env")], check=True)
+    site = folder / "env" / f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+    # As a path alone, and after the wheel's own: the .pth file of an editable install there is not read.
+    (site / "libraries.pth").write_text(sysconfig.get_path("purelib"))
+    install = ["-m", "pip", "install", "--no-deps", "--no-index", "--ignore-installed", str(wheel)]
+    subprocess.run([folder / "env/bin/python", *install], check=True)
+    return folder
+
+
+def run(environment: Path, *command: str) -> str:
+    """What a command of the environment prints, away from the checkout."""
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(
+        [environment / "env/bin" / command[0], *command[1:]],
+        cwd=environment,
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    wanted = {
+        path.relative_to(ROOT / "src").as_posix()
+        for path in PACKAGE.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert names == wanted
+    assert "nemotron_h/py.typed" in names
+    assert "nemotron_h/recipes/laptop.toml" in names
+
+
+def test_the_package_is_the_installed_one(environment: Path) -> None:
+    printed = run(environment, "python", "-c", "import nemotron_h; print(nemotron_h.__file__)")
+    assert Path(printed.strip()).is_relative_to(environment)
+
+
+def test_version(environment: Path) -> None:
+    assert nemotron_h.__version__ in run(environment, "nemotron-h", "--version")
+
+
+def test_show(environment: Path) -> None:
+    assert "M-M-M-M*-" in run(environment, "nemotron-h", "show", "8b").replace(" ", "")
+
+
+def test_twenty_steps(environment: Path) -> None:
+    run(environment, "nemotron-h", "run", "laptop", "train.steps=20")
+    assert any((environment / "runs").rglob("*.safetensors"))
