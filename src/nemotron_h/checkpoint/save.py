@@ -1,0 +1,87 @@
+"""Write a model in the published format: config.json, safetensors under the published names, the tokenizer's files."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nemotron_h.checkpoint.files import new_folder
+from nemotron_h.config.published import write_config
+from nemotron_h.model.hybrid import Hybrid
+from nemotron_h.text.tokenizer import Tokenizer, check_fits
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+KEPT_FLOAT32 = ("A_log", "D", "dt_bias")
+SHARD_BYTES = 5 * 10**9
+
+
+def save(
+    model: Hybrid,
+    folder: str | Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a new checkpoint folder, whole or not at all. dtype: of the weights; the Mamba layers' A_log, D and dt_bias
+    stay float32, as the model computes with them.
+
+    Raises: CheckpointError where the folder exists, CapacityError where the disk is too small.
+    """
+    size = sum(p.numel() * dtype.itemsize for p in model.parameters())
+    with new_folder(Path(folder), need_bytes=size) as partial:
+        write_model(model, partial, tokenizer=tokenizer, dtype=dtype, shard_bytes=shard_bytes)
+
+
+def write_model(
+    model: Hybrid,
+    folder: Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """The same into a folder that is there: for those who add files of their own before it is renamed."""
+    write_config(model.config, folder / CONFIG, dtype=str(dtype).removeprefix("torch."))
+    if tokenizer is not None:
+        check_fits(tokenizer, model.config.vocab_size)
+        tokenizer.save(folder)
+    shards = _shards(dict(model.named_parameters()), dtype, shard_bytes)
+    if len(shards) == 1:
+        _write(shards[0], folder / WEIGHTS, dtype)
+        return
+    index: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write(shard, folder / name, dtype)
+        index |= dict.fromkeys(shard, name)
+    total = sum(p.numel() * stored_dtype(name, dtype).itemsize for name, p in model.named_parameters())
+    content = {"metadata": {"total_size": total}, "weight_map": index}
+    (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """What a parameter of that name is stored in, when the checkpoint is in dtype."""
+    return torch.float32 if name.rpartition(".")[2] in KEPT_FLOAT32 else dtype
+
+
+def _shards(parameters: Mapping[str, Tensor], dtype: torch.dtype, limit: int) -> list[dict[str, Tensor]]:
+    """Parameters in order, cut where a file would pass the limit."""
+    shards: list[dict[str, Tensor]] = [{}]
+    used = 0
+    for name, parameter in parameters.items():
+        size = parameter.numel() * stored_dtype(name, dtype).itemsize
+        if shards[-1] and used + size > limit:
+            shards.append({})
+            used = 0
+        shards[-1][name] = parameter
+        used += size
+    return shards
+
+
+def _write(shard: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
+    tensors = {name: p.detach().to("cpu", stored_dtype(name, dtype)).contiguous() for name, p in shard.items()}
+    save_file(tensors, path, metadata={"format": "pt"})

@@ -1,0 +1,43 @@
+"""`nemotron-h show`: what a model is made of, and what it needs at a context."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+CONTEXTS = (1024, 65_536, 131_072, 1_048_576)
+
+
+def show(
+    model: Annotated[str, typer.Argument(metavar="PRESET|PATH", help="A preset's name, or a checkpoint folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show a model's layers, its parameters by kind, and its memory by context."""
+    from nemotron_h.config.cost import memory, parameters
+
+    config = model_config(model)
+    counts = parameters(config)
+    contexts = {tokens: memory(config, tokens) for tokens in CONTEXTS}
+    if as_json:
+        values = {
+            "model": model,
+            "pattern": config.pattern,
+            "parameters": sum(counts.values()),
+            "parameters_by_kind": counts,
+            "bytes": {str(tokens): {**terms, "total": sum(terms.values())} for tokens, terms in contexts.items()},
+        }
+        print(json.dumps(values))
+        return
+    draw(model, config, counts, contexts)
+
+
+def model_config(model: str):  # type: ignore[no-untyped-def]
+    """A preset's config, or that of a checkpoint folder or config.json."""
+    from nemotron_h.config.presets import PRESETS, preset
+    from nemotron_h.config.published import read_config
+
+    path = Path(model)
+    if model not in PRESETS and path.exists():
+        return read_config(path / "config.json" if path.is_dir() else path)
+    return preset(model)

@@ -1,0 +1,84 @@
+"""Settings of a training run."""
+
+from enum import StrEnum
+from typing import Annotated
+
+from nemotron_h.config.settings import Lenient, settings
+from nemotron_h.errors import ConfigError
+
+
+class Decay(StrEnum):
+    """How the learning rate falls after the warm-up."""
+
+    COSINE = "cosine"  # along half a wave, over the whole run
+    STABLE = "stable"  # warm-up-stable-decay: constant, then linear over the last decay_fraction
+
+
+class Precision(StrEnum):
+    """Of the products; the weights that are trained are float32 always."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+
+
+class Optimizer(StrEnum):
+    ADAMW = "adamw"
+    MUON = "muon"  # orthogonalised momentum for the layers' matrices, AdamW for the rest
+
+
+@settings
+class TrainConfig:
+    """How many steps on what, and how each one moves the weights. Defaults: the 8B's where arXiv:2504.03624 has one."""
+
+    steps: int
+    sequence_length: int = 8192  # tokens
+    batch_size: int = 8  # sequences in one pass
+    accumulation: int = 1  # passes in one step
+    learning_rate: float = 8e-4  # peak
+    final_fraction: float = 0.01  # of the peak, at the last step
+    warmup_fraction: float = 0.01  # of the steps, from nothing to the peak
+    decay: Annotated[Decay, Lenient] = Decay.COSINE
+    decay_fraction: float = 0.2  # of the steps: the falling end of STABLE
+    optimizer: Annotated[Optimizer, Lenient] = Optimizer.ADAMW
+    matrix_learning_rate: float = 0.02  # peak for what MUON moves
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    clip_norm: float = 1.0  # of all gradients together
+    precision: Annotated[Precision, Lenient] = Precision.BFLOAT16
+    seed: int = 0
+    validate_every_steps: int = 100
+    validation_windows: int = 64  # of sequence_length, in between; the last validation reads everything
+    checkpoint_every_steps: int = 100
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps sequence_length batch_size accumulation validate_every_steps validation_windows "
+            "checkpoint_every_steps keep_checkpoints"
+        ).split():
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: must be 1 or above; got {getattr(self, name)}")
+        for name in ("learning_rate", "matrix_learning_rate", "epsilon", "clip_norm"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name}: must be above 0; got {getattr(self, name)}")
+        for name in ("beta1", "beta2", "final_fraction", "warmup_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}: must lie in 0..1, 1 excluded; got {getattr(self, name)}")
+        if not 0 <= self.decay_fraction <= 1 - self.warmup_fraction:
+            raise ConfigError(
+                f"decay_fraction: must leave room for warmup_fraction; got {self.decay_fraction} and {self.warmup_fraction}"
+            )
+
+    @property
+    def warmup_steps(self) -> int:
+        return round(self.steps * self.warmup_fraction)
+
+    @property
+    def decay_steps(self) -> int:
+        return round(self.steps * self.decay_fraction)
+
+    @property
+    def step_tokens(self) -> int:
+        return self.batch_size * self.accumulation * self.sequence_length

@@ -1,0 +1,91 @@
+"""The public way in: `load(path)` gives a model and its tokenizer, with `generate`."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nemotron_h.checkpoint.load import load as load_model
+from nemotron_h.errors import RequestError
+from nemotron_h.inference import naive
+from nemotron_h.inference.sampling import Sampling
+from nemotron_h.model.hybrid import Hybrid
+from nemotron_h.text.stream import StopStrings, TextStream
+from nemotron_h.text.tokenizer import TOKENIZER_FILE, Tokenizer, check_fits
+
+PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A model and its tokenizer; tokenizer None: ids in, ids out."""
+
+    model: Hybrid
+    tokenizer: Tokenizer | None
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> str:
+        """The text that follows prompt, without it. It ends at an end token, at a stop string, or after max_tokens."""
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        return "".join(self.stream(prompt, max_tokens=max_tokens, sampling=sampling, stop=stop))
+
+    def stream(
+        self, prompt: str, *, max_tokens: int, sampling: Sampling, stop: Sequence[str] = (), ignore_end: bool = False
+    ) -> Iterator[str]:
+        """The same text as it comes, in whole characters. ignore_end: go on after an end token."""
+        tokenizer = self._tokenizer()
+        ids = self.prompt_ids(prompt)
+        stops, text = StopStrings(stop), TextStream(tokenizer)
+        new = self.tokens(ids, max_tokens=max_tokens, sampling=sampling, ignore_end=ignore_end)
+        return _pieces(new, text, stops)
+
+    def tokens(
+        self, ids: Sequence[int], *, max_tokens: int, sampling: Sampling, ignore_end: bool = False
+    ) -> Iterator[int]:
+        """The tokens that follow ids, one by one."""
+        ends = () if ignore_end else self.model.config.eos_token_ids
+        return naive.tokens(self.model, ids, max_tokens=max_tokens, sampling=sampling, ends=ends)
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """A prompt as the model was trained to read one: its documents begin with the begin-of-text token."""
+        return [self.model.config.bos_token_id, *self._tokenizer().encode(prompt)]
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise RequestError(f"prompt: needs a {TOKENIZER_FILE} in the checkpoint folder; got none; give token ids")
+        return self.tokenizer
+
+
+def _pieces(new: Iterator[int], text: TextStream, stops: StopStrings) -> Iterator[str]:
+    for token in new:
+        yield stops.push(text.push(token))
+        if stops.found is not None:
+            return
+    yield stops.push(text.finish())
+    yield stops.finish()
+
+
+def load(path: str | Path, *, precision: str = "bfloat16") -> LanguageModel:
+    """The model and tokenizer of a checkpoint folder. precision: bfloat16 or float32, of weights and products.
+
+    Raises: CheckpointError, ConfigError or UnsupportedError in one line.
+    """
+    if precision not in PRECISIONS:
+        raise RequestError(f"precision: must be one of {', '.join(PRECISIONS)}; got {precision!r}")
+    folder = Path(path)
+    model = load_model(folder, dtype=PRECISIONS[precision])
+    tokenizer = None
+    if (folder / TOKENIZER_FILE).exists():
+        tokenizer = Tokenizer.load(folder)
+        check_fits(tokenizer, model.config.vocab_size)
+    return LanguageModel(model, tokenizer)

@@ -1,0 +1,72 @@
+"""Generation as the definition reads, and as it runs: no batch, no sharing, one sequence.
+
+`recomputed` calls the model on all tokens for each new one; `tokens` keeps a state. One arithmetic makes them equal to
+the bit, at any size of the prompt's portions.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+
+from nemotron_h.errors import RequestError
+from nemotron_h.grid import ROWS
+from nemotron_h.inference.sampling import Sampler, Sampling
+from nemotron_h.model.hybrid import Hybrid
+from nemotron_h.model.state import State
+
+PORTION = 512  # tokens of a prompt read at a time: what they need in between stays in cache, memory stays flat
+
+
+def tokens(
+    model: Hybrid, prompt: Sequence[int], *, max_tokens: int, sampling: Sampling, ends: Iterable[int] = ()
+) -> Iterator[int]:
+    """New tokens one by one, at most max_tokens, up to and without one of `ends`. Checks before the first."""
+    check(model, prompt, max_tokens)
+    return _tokens(model, prompt, max_tokens, Sampler(sampling), frozenset(ends))
+
+
+def _tokens(
+    model: Hybrid, prompt: Sequence[int], max_tokens: int, sampler: Sampler, ends: frozenset[int]
+) -> Iterator[int]:
+    state = model.empty_state(1)
+    unread = list(prompt)
+    for _ in range(max_tokens):
+        token = sampler.draw(next_logits(model, unread, state))
+        if token in ends:
+            return
+        yield token
+        unread = [token]
+
+
+@torch.no_grad()
+def next_logits(model: Hybrid, unread: Sequence[int], state: State) -> torch.Tensor:
+    """Logits (vocab,) after reading more tokens, in portions."""
+    ids = torch.tensor(unread, dtype=torch.int64, device=model.head_weight.device)
+    for portion in ids.split(PORTION):
+        segments = state.segments([len(portion)])
+        hidden = model.hidden(portion, segments, state)
+    # the last token's rows of ROWS, since a product of one row has other bits
+    last = segments.last_rows[0]
+    first = last - last % ROWS
+    return model.logits(hidden[first : first + ROWS])[last - first]
+
+
+@torch.no_grad()
+def recomputed(model: Hybrid, prompt: Sequence[int], *, max_tokens: int, sampling: Sampling) -> list[int]:
+    """The same tokens from the whole sequence, read anew for each: what every faster way must equal."""
+    sampler, ids = Sampler(sampling), list(prompt)
+    for _ in range(max_tokens):
+        ids.append(sampler.draw(model(torch.tensor([ids]))[0, -1]))
+    return ids[len(prompt) :]
+
+
+def check(model: Hybrid, prompt: Sequence[int], max_tokens: int) -> None:
+    """Refuse what cannot be generated from, by name."""
+    if not prompt:
+        raise RequestError("prompt: must hold at least one token; got none")
+    vocab = model.config.vocab_size
+    for place, token in enumerate(prompt):
+        if not 0 <= token < vocab:
+            raise RequestError(f"ids: must lie in 0..{vocab - 1}; got {token} at place {place}")
+    if max_tokens < 1:
+        raise RequestError(f"max_tokens: must be 1 or above; got {max_tokens}")

@@ -1,0 +1,71 @@
+"""One optimizer step: the mean loss of its batches, its gradient, clipped, applied."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemotron_h.data.batches import Batch
+from nemotron_h.errors import DataError
+from nemotron_h.model.hybrid import Hybrid
+from nemotron_h.ops.loss import IGNORED, cross_entropy
+
+Loss = Callable[[Hybrid, Batch], tuple[Tensor, int]]  # the sum over targets, in nats, and how many targets
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: float  # nats per target
+    gradient_norm: float  # before clipping
+    targets: int
+
+
+def next_token_loss(model: Hybrid, batch: Batch) -> tuple[Tensor, int]:
+    """Cross-entropy of each token after the ones before it in its document."""
+    device = model.head_weight.device
+    tokens, targets, documents = (
+        torch.from_numpy(array).to(device) for array in (batch.inputs, batch.targets, batch.documents)
+    )
+    segments = model.segments(tokens, documents=documents)
+    hidden = model.hidden(tokens.flatten(), segments)[: segments.tokens]
+    return cross_entropy(hidden, model.head_weight, targets.flatten()), int((targets != IGNORED).sum())
+
+
+def train_step(
+    model: Hybrid,
+    optimizers: Sequence[torch.optim.Optimizer],
+    batches: Iterable[Batch],
+    loss_of: Loss,
+    *,
+    clip_norm: float,
+) -> StepResult:
+    """Move the weights once by the mean loss over all targets of the batches. Raises: DataError on a loss that is not finite."""
+    total, count = 0.0, 0
+    for batch in batches:
+        loss, targets = loss_of(model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        total, count = total + loss.item(), count + targets
+    if count == 0:
+        raise DataError("batch: must hold at least one target; got none")
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    for parameter in parameters:
+        assert parameter.grad is not None
+        parameter.grad.div_(count)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm, foreach=True).item()
+    if not (total == total and norm < float("inf")):
+        raise DataError(f"loss: must be finite; got {total} with gradient norm {norm}; lower the learning rate")
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return StepResult(total / count, norm, count)
+
+
+@torch.no_grad()
+def mean_loss(model: Hybrid, batches: Iterable[Batch], loss_of: Loss) -> tuple[float, int]:
+    """Nats per target over all batches, and how many targets."""
+    total, count = 0.0, 0
+    for batch in batches:
+        loss, targets = loss_of(model, batch)
+        total, count = total + loss.item(), count + targets
+    return total / max(count, 1), count
