@@ -22,6 +22,7 @@ import urllib.request
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
@@ -95,6 +96,8 @@ def set_up(asked: argparse.Namespace) -> None:
     elif wanted.torch == "cpu":
         print(install_torch(VENV / "bin/python", cpu_index=asked.cpu_index, probe_seconds=asked.probe_seconds))
     print("Installing the library and what it needs: a minute or two", flush=True)
+    if wanted.dev and wanted.torch == "keep":
+        install_tools()
     target = f"{ROOT}[dev]" if wanted.dev else str(ROOT)
     subprocess.run([*pip_install(VENV / "bin/python"), "--quiet", "--editable", target], check=True)
     write_state(wanted)
@@ -225,8 +228,7 @@ def active_torch() -> tuple[str, Path]:
     """Version and folder of the active environment's PyTorch, refused outside the range of pyproject.toml."""
     if Path(sys.prefix).resolve() == VENV.resolve():
         raise SetupError("TORCH=keep: the active environment must not be .venv itself; run deactivate first")
-    requirements = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    wanted = next(line for line in requirements if re.match(r"torch\b", line))
+    wanted = next(line for line in project()["dependencies"] if re.match(r"torch\b", line))
     low, high = (release(bound) for bound in re.findall(r"[<>]=?([\d.]+)", wanted))
     try:
         found = metadata.distribution("torch")
@@ -242,13 +244,35 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", re.split(r"[^\d.]", version)[0]))
 
 
+def project() -> dict[str, Any]:
+    """The project's table in pyproject.toml."""
+    table: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return table
+
+
+def site_packages() -> Path:
+    """Where .venv keeps its own packages."""
+    [folder] = VENV.glob("lib/python*/site-packages")
+    return folder
+
+
 def share_packages(folder: Path) -> None:
     """Let .venv see the packages of folder, after its own.
 
     A .venv made with --system-site-packages would see those of the base interpreter, not of an active environment.
     """
-    site = VENV / f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
-    (site / "kept_torch.pth").write_text(f"import site; site.addsitedir({os.fspath(folder)!r})\n")
+    line = f"import site; site.addsitedir({os.fspath(folder)!r})\n"
+    (site_packages() / "kept_torch.pth").write_text(line)
+
+
+def install_tools() -> None:
+    """Give .venv development tools of its own: of those it sees elsewhere, the commands are elsewhere too."""
+    own = {re.sub("[_.]", "-", found.name.lower()) for found in metadata.distributions(path=[str(site_packages())])}
+    tools = project()["optional-dependencies"]["dev"]
+    missing = [line for line in tools if re.split("[^a-z0-9-]", line)[0] not in own]
+    if missing:
+        alone = ["--quiet", "--no-deps", "--ignore-installed"]
+        subprocess.run([*pip_install(VENV / "bin/python"), *alone, *missing], check=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The wheel, built by way of the source distribution, in an environment that has never seen the checkout."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import nemotron_h
+from nemotron_h.config.presets import preset
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src/nemotron_h"
@@ -76,7 +78,9 @@ def test_version(environment: Path) -> None:
 
 
 def test_show(environment: Path) -> None:
-    assert "M-M-M-M*-" in run(environment, "nemotron-h", "show", "8b").replace(" ", "")
+    assert "8b" in run(environment, "nemotron-h", "show", "8b")
+    shown = json.loads(run(environment, "nemotron-h", "show", "8b", "--json"))
+    assert shown["pattern"] == preset("8b").pattern
 
 
 def test_twenty_steps(environment: Path) -> None:
