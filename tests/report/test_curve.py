@@ -42,6 +42,11 @@ def test_a_straight_line_is_the_diagonal() -> None:
         assert all(abs(column - row) <= 1 for column, row in lit(grid))
 
 
+def test_a_gentle_line_is_within_half_a_dot() -> None:
+    grid = lit(dots([(0, 1.0), (1, 0.0)], 50, 5))
+    assert {(column, round(4 * column / 49)) for column in range(50)} <= grid
+
+
 def test_one_spike_among_many_points_is_drawn() -> None:
     points = [(step, 2.0) for step in range(10_000)]
     points[5003] = (5003, 9.0)

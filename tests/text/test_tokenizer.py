@@ -227,7 +227,8 @@ def test_other_kinds_are_refused_by_name(folder: Path, change: Any, message: str
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data: data["added_tokens"][1].update(content="a"), "added_tokens must have"),
+        (lambda data: data["added_tokens"][1].update(content="zz"), "an id of its own; got 701 tokens, 700 ids"),
+        (lambda data: data["added_tokens"][1].update(content="a", id=data["model"]["vocab"]["a"]), "added_tokens must"),
         (lambda data: data["added_tokens"][1].update(id=9), "added_tokens must have"),
         (
             lambda data: data["model"]["vocab"].update(zz=50),

@@ -1,8 +1,8 @@
 """A model's layers in order, one letter each, in groups of ten.
 
-     0  M-M-M-M*-M -M-M-M*-M-
-    M Mamba-2 9   * attention 2   - FFN 10
-    * at 7, 17
+       0  M-M-M-M*-M -M-M-M*-M-
+    M Mamba-2 9   * attention 2   - FFN 9
+    * at 7, 16
 
 Letters say everything; colors repeat it, where the terminal has them (NO_COLOR is rich's to honour).
 """

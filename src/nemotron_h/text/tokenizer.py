@@ -138,9 +138,10 @@ BYTE_OF_LETTER = _byte_alphabet()
 
 def _spelt(name: str) -> bytes:
     """The bytes a vocabulary entry spells; an entry outside the alphabet stands for its own UTF-8."""
-    if all(letter in BYTE_OF_LETTER for letter in name):
-        return bytes(BYTE_OF_LETTER[letter] for letter in name)
-    return name.encode()
+    try:
+        return bytes(map(BYTE_OF_LETTER.__getitem__, name))
+    except KeyError:
+        return name.encode()
 
 
 def _parse_object(source: bytes, where: Path) -> dict[str, Any]:
