@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nemotron_h.config.tokenizer import TokenizerConfig
 from nemotron_h.errors import CheckpointError, DataError, NemotronError, UnsupportedError
 from nemotron_h.text.bpe import train
-from nemotron_h.text.tokenizer import SETTINGS_FILE, TOKENIZER_FILE, Tokenizer, check_fits
+from nemotron_h.text.tokenizer import AT_ONCE, SETTINGS_FILE, TOKENIZER_FILE, Tokenizer, check_fits
 
 TRICKY = [
     "</s>",
@@ -90,6 +90,12 @@ def test_encode_equals_the_library_on_plain_text(tokenizer: Tokenizer, documents
     wanted = [reference.encode(document, add_special_tokens=False).ids for document in documents]
     assert tokenizer.encode_batch(documents) == wanted
     assert [tokenizer.encode(document) for document in documents] == wanted
+
+
+@pytest.mark.parametrize("count", [0, 1, AT_ONCE - 1, AT_ONCE, AT_ONCE + 1, 2 * AT_ONCE + 7])
+def test_many_texts_are_each_encoded_alone(tokenizer: Tokenizer, count: int) -> None:
+    texts = [f"def number_{index}(): return {index}" for index in range(count)]
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
 
 
 @settings(max_examples=300, deadline=None)

@@ -21,6 +21,7 @@ from nemotron_h.errors import CheckpointError, DataError, UnsupportedError
 
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
+AT_ONCE = 256  # texts in one call of the library, whose results take many times the memory of their ids
 MAX_ID = 2**31 - 1  # shards and models keep ids in int32
 UNK, BOS, EOS = CONTROL_NAMES
 
@@ -75,12 +76,17 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode each text, on all cores (TOKENIZERS_PARALLELISM=false: on one)."""
-        try:
-            return [encoding.ids for encoding in self._engine.encode_batch_fast(texts, add_special_tokens=False)]
-        except TypeError:
-            for text in texts:
-                utf8(text)
-            raise
+        ids: list[list[int]] = []
+        for start in range(0, len(texts), AT_ONCE):
+            some = list(texts[start : start + AT_ONCE])
+            try:
+                encodings = self._engine.encode_batch_fast(some, add_special_tokens=False)
+            except TypeError:
+                for text in some:
+                    utf8(text)
+                raise
+            ids.extend(encoding.ids for encoding in encodings)
+        return ids
 
     def decode(self, ids: Iterable[int], *, special_visible: bool = False) -> str:
         """Text of ids; special_visible: control tokens appear by name instead of being left out."""
