@@ -5,10 +5,15 @@
 A segment's first outputs read the last inputs of its own sequence, zeros where there are none: never its neighbour's.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from nemotron_h.errors import ShapeError
 from nemotron_h.ops.activation import silu
+from nemotron_h.ops.jit import conv as jit
+from nemotron_h.ops.jit.scalars import array, runs
 from nemotron_h.ops.segments import Segments
 from nemotron_h.ops.shapes import expect
 
@@ -16,22 +21,69 @@ from nemotron_h.ops.shapes import expect
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, segments: Segments, carried: Tensor | None) -> Tensor:
     """x (rows, channels), weight (channels, 1, kernel), bias (channels), carried (segments, kernel - 1, channels) or None.
 
-    Returns (rows, channels) in x's dtype; computed in float32, taps added oldest first.
+    Returns (rows, channels) in x's dtype, zeros for padding; computed in float32, taps added oldest first.
+    Differentiable where nothing is carried. Raises: ShapeError, naming the argument.
     """
-    rows, channels = x.shape
-    kernel = weight.shape[-1]
+    channels, kernel = x.shape[1], weight.shape[-1]
+    expect(x, "x", (segments.rows, channels))
     expect(weight, "weight", (channels, 1, kernel))
     expect(bias, "bias", (channels,))
+    if carried is not None:
+        expect(carried, "carried", (len(segments), kernel - 1, channels), x.dtype)
+        if x.requires_grad:
+            raise ShapeError("carried: must be None where gradients are wanted; training passes no state")
+    if runs(x):
+        return _CausalConv.apply(x, weight, bias, segments, carried)  # type: ignore[no-any-return]
+    return causal_conv_torch(x, weight, bias, segments, carried)
+
+
+def causal_conv_torch(x: Tensor, weight: Tensor, bias: Tensor, segments: Segments, carried: Tensor | None) -> Tensor:
+    """The same in torch: where there is no kernel, and beside the kernel in tests."""
+    rows, channels = x.shape
+    kernel = weight.shape[-1]
     if carried is None:
         carried = x.new_zeros(len(segments), kernel - 1, channels)
-    expect(carried, "carried", (len(segments), kernel - 1, channels))
     inputs = torch.cat((carried.flatten(0, 1), x)).float()
     taps = segments.taps(kernel).to(x.device)
     gains = weight.float()
     total = bias.float().expand(rows, channels)
     for tap in range(kernel):
         total = total + inputs[taps[tap]] * gains[:, 0, tap]
-    return silu(total).to(x.dtype)
+    real = (segments.offsets >= 0).to(x.device)[:, None]
+    return torch.where(real, silu(total), 0).to(x.dtype)
+
+
+class _CausalConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, segments: Segments, carried: Tensor | None
+    ) -> Tensor:
+        x = x.contiguous()
+        taps, gain = weight[:, 0].T.float().contiguous(), bias.float().contiguous()
+        before = (
+            carried.flatten(0, 1).contiguous()
+            if carried is not None
+            else x.new_zeros(len(segments) * (len(taps) - 1), x.shape[1])
+        )
+        out = torch.empty_like(x)
+        owner, place = segments.owners.numpy(), segments.offsets.numpy()
+        jit.forward(array(x), array(before), owner, place, array(taps), array(gain), array(out))
+        ctx.save_for_backward(x, weight, bias)
+        ctx.segments = segments
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        x, weight, bias = ctx.saved_tensors
+        taps, gain = weight[:, 0].T.float().contiguous(), bias.float().contiguous()
+        grad_x = torch.empty_like(x)
+        partial = torch.zeros(-(-len(x) // jit.STRIDE), len(taps) + 1, x.shape[1])
+        place = ctx.segments.offsets.numpy()
+        jit.backward(
+            array(x), place, array(taps), array(gain), array(grad.contiguous()), array(grad_x), array(partial)
+        )
+        sums = partial.double().sum(0)  # (kernel + 1, channels)
+        return grad_x, sums[:-1].T[:, None].to(weight.dtype), sums[-1].to(bias.dtype), None, None
 
 
 def last_inputs(x: Tensor, segments: Segments, carried: Tensor) -> Tensor:

@@ -2,11 +2,12 @@
 
     loss_i = logsumexp_v(h_i . w_v) - h_i . w_target            dh_i = (softmax_i - onehot_i) W       dW = sum_i (...) h_i
 
-The vocabulary is walked in slices. The first walk finds each row's log-sum-exp, the second the gradients, each slice of
-dW in one product, so nothing is summed across slices in a narrow dtype. Where all logits fit in SLICE_BYTES there is one
-slice and its logits are kept between the walks.
+Rows are walked in pieces whose logits fit in PIECE_BYTES, and their gradients are made at once, in place of the logits.
+Matrices are met in slices of the vocabulary, so that no second copy of the head is ever needed, and what is summed over
+pieces is summed in float32.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from nemotron_h.ops.shapes import expect
 
-SLICE_BYTES = 96 * 2**20  # of float32 logits in memory at a time
+PIECE_BYTES = 192 * 2**20  # of float32 logits at a time
+PIECE_ROWS = 1024  # at most: with a small vocabulary, a piece's logits stay in cache
+SLICE_WEIGHTS = 2**24  # of the head at a time
 IGNORED = -100  # a target that counts for nothing
 
 
@@ -39,61 +42,59 @@ def cross_entropy_definition(hidden: Tensor, weight: Tensor, targets: Tensor) ->
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        vocab = weight.shape[0]
-        slices = _slices(vocab, max(1, SLICE_BYTES // (4 * hidden.shape[0])))
-        totals = torch.full(targets.shape, -torch.inf, device=hidden.device)
-        chosen = torch.zeros_like(totals)
-        logits = None
-        for part in slices:
-            logits = _logits(hidden, weight[part])
-            totals = torch.logaddexp(totals, logits.logsumexp(1)) if len(slices) > 1 else logits.logsumexp(1)
-            inside, column = _within(targets, part)
-            chosen = torch.where(inside, logits.gather(1, column[:, None])[:, 0], chosen)
-        counted = targets != IGNORED
-        loss = ((totals - chosen) * counted).sum()
-        if any(ctx.needs_input_grad):
-            kept = logits if len(slices) == 1 else None
-            ctx.save_for_backward(*_gradients(hidden, weight, targets, totals, slices, kept))
-        return loss
+        rows, vocab = hidden.shape[0], weight.shape[0]
+        size = max(1, min(PIECE_ROWS, PIECE_BYTES // (4 * vocab)))
+        buffer = torch.empty(min(size, rows), vocab, device=hidden.device)
+        wanted = any(ctx.needs_input_grad)
+        if wanted:
+            grad_hidden = torch.empty_like(hidden)
+            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        for first in range(0, rows, size):
+            piece = slice(first, min(first + size, rows))
+            logits = _logits(hidden[piece], weight, buffer)
+            totals = logits.logsumexp(1)
+            counted = targets[piece] != IGNORED
+            column = targets[piece].where(counted, 0)[:, None]
+            loss += ((totals - logits.gather(1, column)[:, 0]) * counted).sum(dtype=torch.float64)
+            if wanted:
+                slope = logits.sub_(totals[:, None]).exp_()
+                slope.scatter_add_(1, column, -torch.ones_like(column, dtype=torch.float32))
+                slope.mul_(counted[:, None])
+                grad_hidden[piece] = _gradients(slope, hidden[piece], weight, grad_weight)
+        if wanted:
+            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        return loss.float()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        if grad != 1:  # the gradients were made in the forward walk, for a loss that counts once
-            grad_hidden, grad_weight = (
-                grad_hidden * grad.to(grad_hidden.dtype),
-                grad_weight * grad.to(grad_weight.dtype),
-            )
+        if grad != 1:  # the gradients were made for a loss that counts once
+            grad_hidden, grad_weight = (t * grad.to(t.dtype) for t in (grad_hidden, grad_weight))
         return grad_hidden, grad_weight, None
 
 
-def _gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor, totals: Tensor, slices: list[slice], kept: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Of the loss by hidden and by weight. kept: the logits, where one slice holds them all; overwritten."""
+def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
+    """(rows, vocab) float32 in the buffer."""
+    logits = buffer[: len(hidden)]
+    for part, matrix in _slices(weight, hidden.dtype):
+        logits[:, part] = F.linear(hidden, matrix)
+    return logits
+
+
+def _gradients(slope: Tensor, hidden: Tensor, weight: Tensor, grad_weight: Tensor) -> Tensor:
+    """Of the loss by hidden, (rows, d) float32; by weight, added to grad_weight. slope (rows, vocab): by the logits."""
     grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-    grad_weight = torch.empty_like(weight)
-    for part in slices:
-        slope = kept if kept is not None else _logits(hidden, weight[part])
-        slope.sub_(totals[:, None]).exp_()
-        inside, column = _within(targets, part)
-        slope.scatter_add_(1, column[:, None], -inside.float()[:, None])
-        slope.mul_((targets != IGNORED)[:, None])
-        narrow = slope.to(hidden.dtype)
-        grad_hidden += narrow @ weight[part].to(hidden.dtype)
-        grad_weight[part] = narrow.T @ hidden
-    return grad_hidden.to(hidden.dtype), grad_weight
+    for part, matrix in _slices(weight, hidden.dtype):
+        narrow = slope[:, part].to(hidden.dtype)
+        grad_hidden += narrow @ matrix
+        grad_weight[part] += narrow.T @ hidden
+    return grad_hidden
 
 
-def _slices(vocab: int, size: int) -> list[slice]:
-    return [slice(begin, min(begin + size, vocab)) for begin in range(0, vocab, size)]
-
-
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(hidden, weight.to(hidden.dtype)).float()
-
-
-def _within(targets: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-    """Which targets lie in this slice of the vocabulary, and in which of its columns (0 for the others)."""
-    inside = (targets >= part.start) & (targets < part.stop)
-    return inside, torch.where(inside, targets - part.start, 0)
+def _slices(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The head in slices of its rows, each cast."""
+    size = max(1, SLICE_WEIGHTS // weight.shape[1])
+    for first in range(0, weight.shape[0], size):
+        part = slice(first, min(first + size, weight.shape[0]))
+        yield part, weight[part].to(dtype)

@@ -143,6 +143,20 @@ class Segments:
         chunk, place = self.places // CHUNK, self.places % CHUNK
         return chunk * self.queries + place - self.query_begins[chunk]
 
+    @cached_property
+    def owners(self) -> Tensor:
+        """(rows,) int64: each row's segment; 0 for padding."""
+        owners = torch.zeros(self.rows, dtype=torch.int64)
+        owners[: self.tokens] = torch.arange(len(self)).repeat_interleave(torch.tensor(self.lengths))
+        return owners
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """(rows,) int64: each row's place in its segment; -1 for padding."""
+        offsets = torch.full((self.rows,), -1, dtype=torch.int64)
+        offsets[: self.tokens] = torch.arange(self.tokens) - torch.tensor(self.begins)[self.owners[: self.tokens]]
+        return offsets
+
     def positions(self, device: torch.device) -> Tensor:
         """(rows,) int64: each row's place in its sequence; 0 for padding."""
         positions = torch.zeros(self.rows, dtype=torch.int64)

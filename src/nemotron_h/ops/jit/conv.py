@@ -1,0 +1,73 @@
+"""Causal conv and SiLU in one pass over memory, and their gradient in another. Definition: `ops/conv.py`.
+
+x, out (rows, channels) float32 or bfloat16 bits; taps (kernel, channels) and bias (channels) float32; owner and place
+(rows,): each row's segment and its place in it, -1 for padding. Taps are added oldest first, as the definition does.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from nemotron_h.ops.jit.scalars import f, kernel, prange, read, sigmoid, write
+
+STRIDE = 64  # rows of one piece of the gradient: its scratch stays in cache
+
+
+@kernel
+def forward(x: Any, carried: Any, owner: Any, place: Any, taps: Any, bias: Any, out: Any) -> None:
+    """carried (segments * (kernel - 1), channels): the inputs before each segment."""
+    rows, channels = out.shape
+    width = taps.shape[0]
+    for t in prange(rows):
+        total = bias.copy()
+        for k in range(width):
+            back = width - 1 - k
+            if place[t] < 0:
+                total[:] = f(0)
+            elif place[t] >= back:
+                for j in range(channels):
+                    total[j] += read(x, t - back, j) * taps[k, j]
+            else:
+                row = owner[t] * (width - 1) + width - 1 + place[t] - back
+                for j in range(channels):
+                    total[j] += read(carried, row, j) * taps[k, j]
+        for j in range(channels):
+            write(out, t, j, total[j] * sigmoid(total[j]))
+
+
+@kernel
+def backward(x: Any, place: Any, taps: Any, bias: Any, grad: Any, grad_x: Any, partial: Any) -> None:
+    """Of segments with nothing before them. partial (pieces, kernel + 1, channels) float32, zeros: each piece of STRIDE
+    rows adds its part of the taps' gradients and, last, the bias's."""
+    rows, channels = grad.shape
+    width = taps.shape[0]
+    for piece in prange(partial.shape[0]):
+        first = piece * STRIDE
+        last = min(first + STRIDE, rows)
+        slope = np.zeros((STRIDE + width - 1, channels), np.float32)  # before the SiLU, rows of the next piece included
+        total = np.empty(channels, np.float32)
+        for t in range(first, min(last + width - 1, rows)):
+            if place[t] < 0:
+                continue
+            for j in range(channels):
+                total[j] = bias[j]
+            for k in range(width):
+                back = width - 1 - k
+                if place[t] >= back:
+                    for j in range(channels):
+                        total[j] += read(x, t - back, j) * taps[k, j]
+            for j in range(channels):
+                gate = sigmoid(total[j])
+                slope[t - first, j] = read(grad, t, j) * gate * (f(1) + total[j] * (f(1) - gate))
+        for t in range(first, last):
+            for j in range(channels):
+                total[j] = f(0)
+                partial[piece, width, j] += slope[t - first, j]
+            for k in range(width):
+                ahead = width - 1 - k  # tap k of the output that many rows on reads row t
+                if t + ahead < rows and place[t + ahead] >= ahead:
+                    for j in range(channels):
+                        total[j] += slope[t - first + ahead, j] * taps[k, j]
+                        partial[piece, k, j] += slope[t - first + ahead, j] * read(x, t, j)
+            for j in range(channels):
+                write(grad_x, t, j, total[j])

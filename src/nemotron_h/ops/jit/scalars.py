@@ -1,0 +1,136 @@
+"""What the kernels share: bfloat16 as 16 bits, an exp of plain multiplies and adds, and when a kernel can run.
+
+Every lane of a vector and every tail computes the same operations, so a value's bits do not depend on its place.
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+try:
+    import numba
+    from llvmlite import ir
+    from numba import types
+    from numba.extending import intrinsic, overload
+except ImportError:  # the torch definitions run; said once, by `runs`
+    numba = None
+
+f = np.float32
+prange = range if numba is None else numba.prange
+
+
+@cache
+def _said_once(reason: str) -> None:
+    warnings.warn(reason, stacklevel=3)
+
+
+def runs(*tensors: Tensor) -> bool:
+    """Can kernels take these tensors? On the CPU, in float32 or bfloat16, where numba is installed."""
+    if any(t.device.type != "cpu" or t.dtype not in (torch.float32, torch.bfloat16) for t in tensors):
+        return False
+    if numba is None:
+        _said_once("numba is not installed: the torch definitions run instead of the CPU kernels, slower")
+        return False
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    return True
+
+
+def array(tensor: Tensor) -> Any:
+    """The tensor's memory as numpy: float32, or the bits of bfloat16 as uint16."""
+    tensor = tensor.detach()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def kernel(function: Callable[..., None]) -> Callable[..., None]:
+    """Compile for all cores at first use, and keep the machine code on disk."""
+    if numba is None:
+        return function
+    compiled: Callable[..., None] = numba.njit(parallel=True, error_model="numpy", cache=True)(function)
+    return compiled
+
+
+def inline(function: Callable[..., Any]) -> Any:
+    """A piece of a kernel."""
+    return function if numba is None else numba.njit(inline="always", error_model="numpy")(function)
+
+
+if numba is not None:
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def as_float(typing, bits):  # type: ignore[no-untyped-def]  # noqa: ANN001
+        return types.float32(types.uint32), lambda context, builder, signature, args: builder.bitcast(
+            args[0], ir.FloatType()
+        )
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def as_bits(typing, number):  # type: ignore[no-untyped-def]  # noqa: ANN001
+        return types.uint32(types.float32), lambda context, builder, signature, args: builder.bitcast(
+            args[0], ir.IntType(32)
+        )
+
+
+@inline
+def from_bfloat16(bits):  # type: ignore[no-untyped-def]
+    return as_float(np.uint32(bits) << np.uint32(16))
+
+
+@inline
+def to_bfloat16(x):  # type: ignore[no-untyped-def]
+    """Round to nearest, ties to even, as torch does. (A NaN that arithmetic makes stays one.)"""
+    bits = as_bits(x)
+    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@inline
+def exp(x):  # type: ignore[no-untyped-def]
+    """e^x in float32 within 2 units in the last place (Cephes' polynomial), for x in -87.3..88.3 and clamped to it."""
+    x = min(max(x, f(-87.3)), f(88.3))
+    n = np.float32(np.rint(x * f(1.44269504)))
+    r = x - n * f(0.693359375) + n * f(2.12194440e-4)
+    p = f(1.9875691500e-4) * r + f(1.3981999507e-3)
+    p = p * r + f(8.3334519073e-3)
+    p = p * r + f(4.1665795894e-2)
+    p = p * r + f(1.6666665459e-1)
+    p = p * r + f(5.0000001201e-1)
+    return (p * r * r + r + f(1)) * as_float(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
+
+
+@inline
+def sigmoid(x):  # type: ignore[no-untyped-def]
+    return f(1) / (f(1) + exp(-x))
+
+
+def read(array: Any, i: int, j: int) -> Any:
+    """array[i, j] as float32."""
+
+
+def write(array: Any, i: int, j: int, value: Any) -> None:
+    """array[i, j] = value, rounded to the array's dtype."""
+
+
+if numba is not None:
+
+    @overload(read, inline="always")  # type: ignore[untyped-decorator]
+    def _read(array, i, j):  # type: ignore[no-untyped-def]
+        if array.dtype == types.uint16:
+            return lambda array, i, j: from_bfloat16(array[i, j])
+        return lambda array, i, j: array[i, j]
+
+    @overload(write, inline="always")  # type: ignore[untyped-decorator]
+    def _write(array, i, j, value):  # type: ignore[no-untyped-def]
+        if array.dtype == types.uint16:
+
+            def narrow(array, i, j, value):  # type: ignore[no-untyped-def]
+                array[i, j] = to_bfloat16(value)
+
+            return narrow
+
+        def plain(array, i, j, value):  # type: ignore[no-untyped-def]
+            array[i, j] = value
+
+        return plain
