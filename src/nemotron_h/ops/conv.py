@@ -79,9 +79,7 @@ class _CausalConv(torch.autograd.Function):
         grad_x = torch.empty_like(x)
         partial = torch.zeros(-(-len(x) // jit.STRIDE), len(taps) + 1, x.shape[1])
         place = ctx.segments.offsets.numpy()
-        jit.backward(
-            array(x), place, array(taps), array(gain), array(grad.contiguous()), array(grad_x), array(partial)
-        )
+        jit.backward(array(x), place, array(taps), array(gain), array(grad.contiguous()), array(grad_x), array(partial))
         sums = partial.double().sum(0)  # (kernel + 1, channels)
         return grad_x, sums[:-1].T[:, None].to(weight.dtype), sums[-1].to(bias.dtype), None, None
 

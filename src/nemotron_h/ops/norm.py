@@ -7,24 +7,88 @@ The gate comes before the norm, and the norm is per group: facts other ports got
 Source: arXiv:2504.03624 and NVIDIA's published modeling code.
 """
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nemotron_h.ops.activation import silu
+from nemotron_h.ops.jit import norm as jit
+from nemotron_h.ops.jit.scalars import array, runs
 from nemotron_h.ops.shapes import expect
 
 
 def rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
-    """x (..., d) any float, gain (d). Returns x's dtype; computed in float32."""
+    """x (rows, d) any float, gain (d). Returns x's dtype; computed in float32."""
     expect(gain, "gain", x.shape[-1:])
-    return F.rms_norm(x.float(), x.shape[-1:], gain.float(), epsilon).to(x.dtype)
+    if runs(x):
+        return _RmsNorm.apply(x, gain, epsilon)  # type: ignore[no-any-return]
+    return rms_norm_torch(x, gain, epsilon)
+
+
+def rms_norm_torch(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+    """The same in torch: where there is no kernel, and beside the kernel in tests."""
+    return (F.rms_norm(x.float(), x.shape[-1:], None, epsilon) * gain.float()).to(x.dtype)
 
 
 def gated_rms_norm(y: Tensor, z: Tensor, gain: Tensor, num_groups: int, epsilon: float) -> Tensor:
     """y (rows, d) float32, z (rows, d) any float, gain (d). Returns z's dtype; computed in float32."""
+    expect(y, "y", tuple(z.shape), torch.float32)
+    expect(gain, "gain", z.shape[-1:])
+    if runs(y, z):
+        return _GatedRmsNorm.apply(y, z, gain, num_groups, epsilon)  # type: ignore[no-any-return]
+    return gated_rms_norm_torch(y, z, gain, num_groups, epsilon)
+
+
+def gated_rms_norm_torch(y: Tensor, z: Tensor, gain: Tensor, num_groups: int, epsilon: float) -> Tensor:
+    """The same in torch: where there is no kernel, and beside the kernel in tests."""
     rows, channels = y.shape
-    expect(z, "z", (rows, channels))
-    expect(gain, "gain", (channels,))
     gated = (y * silu(z)).view(rows, num_groups, channels // num_groups)
     normed = F.rms_norm(gated, gated.shape[-1:], None, epsilon).view(rows, channels)
     return (normed * gain.float()).to(z.dtype)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+        x, out = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
+        jit.forward(array(x), array(gain.float()), jit.f(epsilon), array(out))
+        ctx.save_for_backward(x, gain)
+        ctx.epsilon = epsilon
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, gain = ctx.saved_tensors
+        grad_x, partial = torch.empty_like(x), _pieces(x)
+        jit.backward(
+            array(x), array(gain.float()), jit.f(ctx.epsilon), array(grad.contiguous()), array(grad_x), array(partial)
+        )
+        return grad_x, partial.double().sum(0).to(gain.dtype), None
+
+
+class _GatedRmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, z: Tensor, gain: Tensor, num_groups: int, epsilon: float) -> Tensor:
+        y, z, out = y.contiguous(), z.contiguous(), torch.empty(z.shape, dtype=z.dtype)
+        jit.gated_forward(array(y), array(z), array(gain.float()), num_groups, jit.f(epsilon), array(out))
+        ctx.save_for_backward(y, z, gain)
+        ctx.settings = num_groups, epsilon
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        y, z, gain = ctx.saved_tensors
+        num_groups, epsilon = ctx.settings
+        grad_y, grad_z, partial = torch.empty_like(y), torch.empty_like(z), _pieces(y)
+        jit.gated_backward(
+            array(y), array(z), array(gain.float()), num_groups, jit.f(epsilon), array(grad.contiguous()),
+            array(grad_y), array(grad_z), array(partial),
+        )  # fmt: skip
+        return grad_y, grad_z, partial.double().sum(0).to(gain.dtype), None, None
+
+
+def _pieces(x: Tensor) -> Tensor:
+    """Room for each piece's part of the gain's gradient, to be added in float64."""
+    return torch.zeros(-(-x.shape[0] // jit.STRIDE), x.shape[1])

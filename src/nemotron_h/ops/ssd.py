@@ -17,10 +17,14 @@ with few queries, replayed from the boundary; it reads the state and does not wr
 Source: Dao and Gu 2024, arXiv:2405.21060, section 6 for the chunked form.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from nemotron_h.grid import CHUNK
+from nemotron_h.ops.jit import decay as jit
+from nemotron_h.ops.jit.scalars import array, runs
 from nemotron_h.ops.segments import Segments
 from nemotron_h.ops.shapes import expect
 
@@ -69,13 +73,12 @@ def ssd(
     B = B.float().contiguous().view(c * g, CHUNK, n)
     C = C.float().contiguous().view(c * g, m, n)
 
-    a_queries, mask = a, _causal(segments, x.device)
+    places = segments.query_places
+    a_queries = a
     if m < CHUNK:
-        places = segments.query_places.to(x.device)[:, None].expand(c, h, m)
-        a_queries = a.gather(2, places)  # (c, h, m)
-    decay = (a_queries[..., None] - a[..., None, :]).masked_fill_(mask, -torch.inf).exp_()  # (c, h, m, CHUNK)
-    scores = torch.bmm(C, B.transpose(1, 2)).view(c, g, 1, m, CHUNK)
-    mixed = (scores * decay.view(c, g, r, m, CHUNK)).view(c * h, m, CHUNK)
+        a_queries = a.gather(2, places.to(x.device)[:, None].expand(c, h, m))  # (c, h, m)
+    scores = torch.bmm(C, B.transpose(1, 2))  # (c g, m, CHUNK)
+    mixed = decayed(scores, a_queries.reshape(c * h, m), a.view(c * h, CHUNK), places)
     y = torch.bmm(mixed, xdt.view(c * h, CHUNK, p)).view(c, h, m, p)
 
     before, after = _boundaries(xdt, a, B, segments, boundary)
@@ -95,12 +98,40 @@ def settled(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, boundary: Tensor) -> Te
     return _moved(x.float() * dt.transpose(1, 2)[..., None], a, B.float(), boundary)
 
 
-def _causal(segments: Segments, device: torch.device) -> Tensor:
-    """True where a place lies after the query: (1 or c, 1, m, CHUNK)."""
-    ahead = torch.arange(CHUNK) > segments.query_places[..., None]  # (c, m, CHUNK)
-    if segments.queries == CHUNK:
-        ahead = ahead[:1]
-    return ahead[:, None].to(device)
+def decayed(scores: Tensor, a_queries: Tensor, a: Tensor, places: Tensor) -> Tensor:
+    """scores_ij exp(a_i - a_j) for places j not after query i, else 0: (c h, m, CHUNK).
+
+    scores (c g, m, CHUNK), a_queries (c h, m), a (c h, CHUNK) float32, places (c, m) int64.
+    """
+    if runs(scores):
+        return _Decayed.apply(scores, a_queries, a, places)  # type: ignore[no-any-return]
+    return decayed_torch(scores, a_queries, a, places)
+
+
+def decayed_torch(scores: Tensor, a_queries: Tensor, a: Tensor, places: Tensor) -> Tensor:
+    """The same in torch: where there is no kernel, and beside the kernel in tests."""
+    heads, groups = len(a) // len(places), len(scores) // len(places)
+    later = (torch.arange(CHUNK) > places[..., None]).repeat_interleave(heads, 0).to(a.device)  # (c h, m, CHUNK)
+    decay = (a_queries[..., None] - a[:, None]).masked_fill(later, -torch.inf).exp()
+    return scores.repeat_interleave(heads // groups, 0) * decay
+
+
+class _Decayed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, a_queries: Tensor, a: Tensor, places: Tensor) -> Tensor:
+        mixed = torch.empty(len(a), *scores.shape[1:])
+        jit.forward(array(scores), array(a_queries), array(a), places.numpy(), array(mixed))
+        ctx.save_for_backward(scores, a_queries, a)
+        ctx.places = places
+        return mixed
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        scores, a_queries, a = ctx.saved_tensors
+        grads = tuple(torch.zeros_like(t) for t in (scores, a_queries, a))
+        inputs = (array(t) for t in (scores, a_queries, a))
+        jit.backward(*inputs, ctx.places.numpy(), array(grad.contiguous()), *(array(t) for t in grads))
+        return *grads, None
 
 
 def _boundaries(
