@@ -154,11 +154,11 @@ def _write(path: Path, lines: Iterator[str] | Sequence[str]) -> None:
     unfinished = path.with_name(path.name + ".tmp")
     with unfinished.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(lines)
-    os.replace(unfinished, path)
+    unfinished.replace(path)
 
 
 def documents(path: Path) -> Iterator[Document]:
-    """The documents of a .jsonl file, one {"path": ..., "text": ...} a line. Raises: DataError, naming file and line."""
+    """The documents of a .jsonl file, one {"path": ..., "text": ...} a line. Raises: DataError, naming the line."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from nemotron_h.data.permutation import mix
+
 SHINGLE_BYTES = 32
-SAMPLED = 16  # one hash in so many
+SAMPLED = 8  # one hash in so many
 Hashes = NDArray[np.uint64]
 
 
@@ -63,7 +65,7 @@ def near_copies(
             progress((index + 1) / len(train))
     copies = [
         NearCopy(held_out[i][0], train[nearest[i]][0], round(float(best[i]), 3))
-        for i in np.flatnonzero(best >= fraction)
+        for i in np.flatnonzero(best >= fraction).tolist()
     ]
     return sorted(copies, key=lambda copy: (-copy.overlap_fraction, copy.path))
 
@@ -83,10 +85,3 @@ def _shingle_hashes(content: bytes) -> Hashes:
         mixed = mix(runs)
         runs = mixed[:-width] * np.uint64(3) + mixed[width:]
     return mix(runs)
-
-
-def mix(x: Hashes) -> Hashes:
-    """A bijection of 64-bit words that spreads every bit over all (Steele, Lea and Flood 2014, SplitMix64)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
