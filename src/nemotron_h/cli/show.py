@@ -41,3 +41,33 @@ def model_config(model: str):  # type: ignore[no-untyped-def]
     if model not in PRESETS and path.exists():
         return read_config(path / "config.json" if path.is_dir() else path)
     return preset(model)
+
+
+def draw(model, config, counts, contexts) -> None:  # type: ignore[no-untyped-def]
+    """The same on the terminal."""
+    from rich.console import Console
+
+    from nemotron_h.config.pattern import NAMES
+    from nemotron_h.report.layers import layer_map
+    from nemotron_h.report.table import table
+    from nemotron_h.report.units import format_bytes, format_count
+
+    console = Console()
+    total = sum(counts.values())
+    console.print(
+        f"{model}: {format_count(total)} parameters ({total:,}), {len(config.layers)} layers, "
+        f"hidden {config.hidden_size}, vocabulary {config.vocab_size:,}",
+        highlight=False,
+    )
+    console.print()
+    console.print(layer_map(config.pattern, NAMES))
+    console.print()
+    shares = [(kind, count, f"{100 * count / total:.1f} %") for kind, count in counts.items()]
+    console.print(table(shares, ["kind", "parameters", "share"]))
+    terms = [
+        (f"{tokens:,}", *(format_bytes(size) for size in sizes.values()), format_bytes(sum(sizes.values())))
+        for tokens, sizes in contexts.items()
+    ]
+    names = [*next(iter(contexts.values())), "together"]
+    console.print(table(terms, ["context", *names]))
+    console.print("one sequence, bfloat16, states float32; buffers of a step not counted", style="dim")

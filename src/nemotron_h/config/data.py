@@ -1,5 +1,6 @@
 """Settings of a corpus: which files become documents, and which of those are held out."""
 
+from pathlib import Path
 from typing import Annotated
 
 from nemotron_h.config.settings import Lenient, settings
@@ -10,6 +11,7 @@ from nemotron_h.errors import ConfigError
 class CorpusConfig:
     """Which files become documents, and how many are held out."""
 
+    source: Annotated[Path | None, Lenient] = None  # a folder; None: the standard library of this Python
     suffixes: Annotated[tuple[str, ...], Lenient] = (".py", ".rst", ".txt")
     excluded_folders: Annotated[tuple[str, ...], Lenient] = ("__pycache__", "dist-packages", "site-packages")
     max_document_bytes: int = 1_000_000  # longer files are tables, not prose; left out and counted

@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast, dataclass_transform
 
-from pydantic import ConfigDict, Strict, ValidationError
+from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from nemotron_h.errors import ConfigError
@@ -48,6 +48,12 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         return cls(**built)
     except ConfigError as error:
         raise ConfigError(where + str(error)) from None
+
+
+def to_mapping(config: object) -> dict[str, Any]:
+    """Plain values, as JSON has them: the inverse of `from_mapping`."""
+    values: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
+    return values
 
 
 def nearest(name: str, known: list[str]) -> str:

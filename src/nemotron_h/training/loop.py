@@ -28,7 +28,7 @@ from nemotron_h.text.tokenizer import Tokenizer
 from nemotron_h.training.metrics import Metrics
 from nemotron_h.training.optimizer import load_state_tensors, optimizers, set_learning_rate, state_tensors
 from nemotron_h.training.schedule import schedule
-from nemotron_h.training.step import Loss, mean_loss, next_token_loss, train_step
+from nemotron_h.training.step import Loss, total_loss, next_token_loss, train_step
 
 CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
 COMPUTE = {Precision.BFLOAT16: torch.bfloat16, Precision.FLOAT32: torch.float32}
@@ -54,7 +54,8 @@ class Trained:
     checkpoint: Path
     step: int
     finished: bool  # False: it was asked to stop, and goes on from the checkpoint
-    validation_loss: float | None  # nats per token over all of the held-out data, once finished
+    validation_nats: float  # over all of the held-out data, once finished
+    validation_targets: int
 
 
 def train(
@@ -77,7 +78,6 @@ def train(
     run = _Run(model_config, config, folder, tokenizer)
     factor = schedule(config)
     metrics = Metrics(folder / METRICS, run.step)
-    last_validation: float | None = None
     with stop_signals() as stopped:
         while run.step < config.steps and not stopped:
             began = time.perf_counter()
@@ -88,20 +88,21 @@ def train(
             )
             run.step, run.place = run.step + 1, run.place + config.accumulation * config.batch_size
             seconds = time.perf_counter() - began
-            last = run.step == config.steps
-            last_validation = None
-            if last or run.step % config.validate_every_steps == 0:
-                limit = None if last else config.validation_windows
-                last_validation, _ = mean_loss(run.model, validation(limit), loss_of)
+            measured = None
+            if run.step % config.validate_every_steps == 0:
+                nats, targets = total_loss(run.model, validation(config.validation_windows), loss_of)
+                measured = nats / targets if targets else None
             progress = Progress(
-                run.step, config.steps, result.loss, factor(run.step - 1), config.step_tokens / seconds, last_validation
+                run.step, config.steps, result.loss, factor(run.step - 1), config.step_tokens / seconds, measured
             )
             metrics.add(**asdict(progress), gradient_norm=result.gradient_norm, seconds=seconds)
             watch(progress)
-            if last or run.step % config.checkpoint_every_steps == 0:
+            if run.step % config.checkpoint_every_steps == 0:
                 run.save()
         path = run.save()
-    return Trained(run.model, path, run.step, run.step == config.steps, last_validation)
+        finished = run.step == config.steps
+        nats, targets = total_loss(run.model, validation(None), loss_of) if finished else (0.0, 0)
+    return Trained(run.model, path, run.step, finished, nats, targets)
 
 
 class _Run:

@@ -62,10 +62,10 @@ def train_step(
 
 
 @torch.no_grad()
-def mean_loss(model: Hybrid, batches: Iterable[Batch], loss_of: Loss) -> tuple[float, int]:
-    """Nats per target over all batches, and how many targets."""
+def total_loss(model: Hybrid, batches: Iterable[Batch], loss_of: Loss) -> tuple[float, int]:
+    """Nats over all batches together, and how many targets."""
     total, count = 0.0, 0
     for batch in batches:
         loss, targets = loss_of(model, batch)
         total, count = total + loss.item(), count + targets
-    return total / max(count, 1), count
+    return total, count

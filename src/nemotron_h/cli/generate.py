@@ -1,0 +1,75 @@
+"""`nemotron-h generate`: text, or token ids, out of a checkpoint."""
+
+import json
+from typing import Annotated
+
+import typer
+
+
+def generate(
+    path: Annotated[str, typer.Argument(help="A checkpoint folder.")],
+    prompt: Annotated[str | None, typer.Argument(help="The text to go on from.")] = None,
+    ids: Annotated[str | None, typer.Option(help="Token ids instead of a prompt: 5,9,13.")] = None,
+    prompt_file: Annotated[str | None, typer.Option(help="A UTF-8 file with the prompt.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="How many tokens at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens of this much probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw among so many of the likeliest tokens; 0: all.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text (may be given several times).")] = None,
+    precision: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on after an end token.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Go on from a prompt, streaming."""
+    from nemotron_h.errors import RequestError
+    from nemotron_h.inference.load import load
+    from nemotron_h.inference.sampling import Sampling
+
+    if sum(given is not None for given in (prompt, ids, prompt_file)) != 1:
+        raise RequestError("prompt: must be given once, as PROMPT, --prompt-file or --ids; got none or several")
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    numbers = read_ids(ids) if ids is not None else None
+    text = read_prompt(prompt_file) if prompt_file is not None else prompt
+    model = load(path, precision=precision)
+    if numbers is None:
+        assert text is not None
+        numbers = model.prompt_ids(text)
+        if not as_json:
+            for piece in model.stream(
+                text, max_tokens=max_tokens, sampling=sampling, stop=stop or (), ignore_end=ignore_end
+            ):
+                print(piece, end="", flush=True)
+            print()
+            return
+    elif stop:
+        raise RequestError("stop: needs a text prompt; got --ids; cut the ids yourself")
+    new = list(model.tokens(numbers, max_tokens=max_tokens, sampling=sampling, ignore_end=ignore_end))
+    answer: dict[str, object] = {"ids": new}
+    if text is not None and model.tokenizer is not None:
+        answer["text"] = model.tokenizer.decode(new)
+    print(json.dumps(answer) if as_json else ",".join(map(str, new)))
+
+
+def read_ids(text: str) -> list[int]:
+    """`5,9,13` as numbers."""
+    from nemotron_h.errors import RequestError
+
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise RequestError(f"ids: must be whole numbers with commas between, such as 5,9,13; got {text!r}") from None
+
+
+def read_prompt(path: str) -> str:
+    """A prompt file's text."""
+    from pathlib import Path
+
+    from nemotron_h.errors import RequestError
+
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path}: must be UTF-8 text; got other bytes at place {error.start}") from None
+    except OSError as error:
+        raise RequestError(f"{path}: must be a readable file; got {error.strerror}") from None

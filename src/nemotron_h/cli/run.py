@@ -1,0 +1,142 @@
+"""`nemotron-h run`: a recipe's stages in order, each done once, resumed where it was left."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from nemotron_h.config.recipe import Recipe
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(help="A packaged recipe's name (laptop), or a .toml file.")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[TABLE.KEY=VALUE]...", help="train.steps=200 ...")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only this stage (may be given several times).")] = None,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start a new run beside the old one.")] = False,
+    name: Annotated[str | None, typer.Option(help="The run's folder under runs/; by default the recipe's name.")] = None,
+    runs: Annotated[Path, typer.Option(help="The folder of all runs.")] = Path("runs"),
+) -> None:
+    """Run a recipe; run again, it resumes what is unfinished and skips what is done."""
+    from rich.console import Console
+
+    from nemotron_h.config.recipe import read_recipe
+
+    chosen = read_recipe(recipe, [*(settings or []), *([f'name="{name}"'] if name else [])])
+    console = Console()
+    folder = run_folder(runs / chosen.name, fresh=fresh)
+    with claimed(folder):
+        remember(chosen, folder)
+        for stage in picked(chosen, only or [], until):
+            perform(stage, chosen, folder, console)
+        summarise(chosen, folder, console)
+
+
+def run_folder(folder: Path, *, fresh: bool) -> Path:
+    """The run's folder; fresh: the first of NAME, NAME-2, NAME-3 ... that does not exist."""
+    number = 2
+    first = folder
+    while fresh and folder.exists():
+        folder = first.with_name(f"{first.name}-{number}")
+        number += 1
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def claimed(folder: Path):  # type: ignore[no-untyped-def]
+    """A lock on the folder, until closed. Raises: ConfigError where another process holds it."""
+    import fcntl
+
+    from nemotron_h.errors import ConfigError
+
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"{folder}: must not be in use; another process runs it; wait, or name another run") from None
+    return file
+
+
+def remember(recipe: "Recipe", folder: Path) -> None:
+    """Write the settings; refuse to go on with others."""
+    from nemotron_h.checkpoint.files import write_text
+    from nemotron_h.config.settings import to_mapping
+    from nemotron_h.errors import ConfigError
+
+    path, ours = folder / "recipe.json", flat(to_mapping(recipe))
+    if not path.exists():
+        write_text(path, json.dumps(to_mapping(recipe), indent=2) + "\n")
+        return
+    theirs = flat(json.loads(path.read_text(encoding="utf-8")))
+    for key in sorted(set(ours) | set(theirs)):
+        if key != "name" and ours.get(key) != theirs.get(key):
+            raise ConfigError(
+                f"{key}: must stay {theirs.get(key)!r}, with which {folder} was begun; got {ours.get(key)!r}; "
+                "use --fresh, or --name for another run"
+            )
+
+
+def flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """Nested tables as dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
+    return found
+
+
+def picked(recipe: "Recipe", only: list[str], until: str | None) -> list[str]:
+    """The stages to walk, in the recipe's order."""
+    from nemotron_h.config.settings import nearest
+    from nemotron_h.errors import ConfigError
+
+    for stage in (*only, *([until] if until else [])):
+        if stage not in recipe.stages:
+            raise ConfigError(f"stage: must be one of the recipe's; got {stage!r}; {nearest(stage, list(recipe.stages))}")
+    stages = list(recipe.stages)
+    if until:
+        stages = stages[: stages.index(until) + 1]
+    return [stage for stage in stages if not only or stage in only]
+
+
+def perform(stage: str, recipe: "Recipe", folder: Path, console: "Console") -> None:
+    """One stage, unless its record says it is done."""
+    from nemotron_h.checkpoint.files import write_text
+    from nemotron_h.cli.stages import STAGES
+    from nemotron_h.cli.watch import Watch
+
+    record = folder / "stages" / f"{stage}.json"
+    with Watch(console, stage) as watch:
+        if record.exists():
+            watch.say("done before")
+            return
+        result = STAGES[stage](recipe, folder, watch)
+        seconds, limit = watch.seconds, recipe.limit_seconds.get(stage)
+        late = f", over its limit of {limit} s" if limit is not None and seconds > limit else ""
+        watch.say(f"{seconds:.1f} s{late}")
+    record.parent.mkdir(exist_ok=True)
+    write_text(record, json.dumps({"seconds": round(seconds, 2), **result}, indent=2, ensure_ascii=False) + "\n")
+
+
+def summarise(recipe: "Recipe", folder: Path, console: "Console") -> None:
+    """result.json, and the run's end as its reader sees it."""
+    from nemotron_h.checkpoint.files import write_text
+
+    records = {
+        stage: json.loads(path.read_text(encoding="utf-8"))
+        for stage in recipe.stages
+        if (path := folder / "stages" / f"{stage}.json").exists()
+    }
+    result = {
+        "bits_per_byte": records.get("train", {}).get("bits_per_byte"),
+        "baselines": records.get("baselines", {}).get("bits_per_byte"),
+        "seconds": {stage: record["seconds"] for stage, record in records.items()},
+        "checkpoint": records.get("train", {}).get("checkpoint"),
+    }
+    write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    from nemotron_h.cli.summary import show_summary
+
+    show_summary(records, folder, console)
