@@ -109,7 +109,7 @@ class Ngrams:
             tell(0.7 + 0.3 * n / order)
 
     def distribution(self, context: bytes, order: int | None = None) -> Floats:
-        """The probability of each byte after context, a document so far; order: at most self.order, which it is by default."""
+        """The probability of each byte after context, a document so far; order: self.order unless given."""
         context = context[-(self.order - 1) :] if self.order > 1 else b""
         word = int.from_bytes(context, "big") << 8
         windows = np.array([(word | b) & (2**64 - 1) for b in range(NUM_BYTES)], np.uint64)
@@ -133,7 +133,7 @@ class Ngrams:
         return bits
 
     def _probabilities(self, windows: Keys, lengths: Integers) -> Iterator[tuple[int, Floats]]:
-        """For each order, those of the windows' last bytes after the ones before; lengths: how many bytes a window has."""
+        """For each order, those of the windows' last bytes after the ones before; lengths: bytes a window has."""
         lower = alone = np.full(len(windows), 1 / NUM_BYTES)
         for n, table in enumerate(self._orders, start=1):
             asked, back = np.unique(windows & _mask(n), return_inverse=True)  # sorted: a search goes through the cache
@@ -199,6 +199,8 @@ def _runs(keys: Keys) -> tuple[Keys, Integers]:
 
 def _find(keys: Keys, asked: Keys) -> Integers:
     """Where each one asked for stands among sorted keys, -1 where it does not."""
+    if not len(keys):  # no document is that long
+        return np.full(len(asked), -1)
     place = np.minimum(np.searchsorted(keys, asked), len(keys) - 1)
     return np.where(keys[place] == asked, place, -1)
 
