@@ -6,7 +6,9 @@ on this grid, never from how its prompt was cut or who else is in the call.
 
 CHUNK = 64  # tokens of the scan: the recurrent state is stored at its multiples
 BLOCK = 256  # keys of one attention product, a multiple of CHUNK
-ROWS = 4  # rows of every matrix product come in multiples: at other counts CPU kernels take other paths, with other bits
+ROWS = (
+    4  # rows of every matrix product come in multiples: at other counts CPU kernels take other paths, with other bits
+)
 
 
 def round_up(count: int, multiple: int) -> int:

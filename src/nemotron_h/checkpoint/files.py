@@ -28,7 +28,9 @@ def new_folder(folder: Path, *, need_bytes: int = 0) -> Iterator[Path]:
     remove_leftovers(folder.parent, folder.name)
     free = shutil.disk_usage(folder.parent).free
     if need_bytes > free:
-        raise CapacityError(f"{folder}: needs {need_bytes:,} bytes of disk; {free:,} are free; free some or save elsewhere")
+        raise CapacityError(
+            f"{folder}: needs {need_bytes:,} bytes of disk; {free:,} are free; free some or save elsewhere"
+        )
     partial = folder.parent / f".{folder.name}{PARTIAL}"
     partial.mkdir()
     try:
@@ -40,7 +42,9 @@ def new_folder(folder: Path, *, need_bytes: int = 0) -> Iterator[Path]:
         flush(folder.parent)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise CapacityError(f"{folder}: could not be written: {error.strerror or error}; nothing else was changed") from error
+        raise CapacityError(
+            f"{folder}: could not be written: {error.strerror or error}; nothing else was changed"
+        ) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

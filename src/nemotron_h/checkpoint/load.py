@@ -25,7 +25,7 @@ def load(
 ) -> Hybrid:
     """The model in a checkpoint folder, its weights converted to dtype (A_log, D and dt_bias to float32).
 
-    Raises: CheckpointError naming the file or the tensor; ConfigError or UnsupportedError naming the key of config.json.
+    Raises: CheckpointError naming the file or tensor; ConfigError or UnsupportedError naming the key of config.json.
     """
     folder = Path(folder)
     config = read_config(folder / CONFIG)
@@ -60,7 +60,9 @@ def weight_files(folder: Path) -> dict[str, str]:
         return _read_index(folder / INDEX)
     if not (folder / WEIGHTS).exists():
         others = sorted(path.name for path in folder.glob("*.bin"))
-        hint = f"{others[0]} is a pickle, which is never loaded; convert it" if others else "is this a checkpoint folder?"
+        hint = (
+            f"{others[0]} is a pickle, which is never loaded; convert it" if others else "is this a checkpoint folder?"
+        )
         raise CheckpointError(f"{folder}: must hold {WEIGHTS} or {INDEX}; got neither; {hint}")
     with opened(folder / WEIGHTS) as file:
         return dict.fromkeys(file.keys(), WEIGHTS)

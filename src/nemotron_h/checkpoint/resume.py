@@ -1,8 +1,8 @@
 """Checkpoints of a run: the model in the published format, and beside it what training needs to go on to the same bits.
 
-    step-00000400/   config.json model.safetensors tokenizer.json      the model, for anyone
-                     training.safetensors                              master weights and optimizer moments, float32
-                     training.json                                     step, place in the data, what they were made with
+step-00000400/   config.json model.safetensors tokenizer.json      the model, for anyone
+                 training.safetensors                              master weights and optimizer moments, float32
+                 training.json                                     step, place in the data, what they were made with
 """
 
 import json

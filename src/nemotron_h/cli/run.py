@@ -14,11 +14,15 @@ if TYPE_CHECKING:
 
 def run(
     recipe: Annotated[str, typer.Argument(help="A packaged recipe's name (laptop), or a .toml file.")],
-    settings: Annotated[list[str] | None, typer.Argument(metavar="[TABLE.KEY=VALUE]...", help="train.steps=200 ...")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[TABLE.KEY=VALUE]...", help="train.steps=200 ...")
+    ] = None,
     only: Annotated[list[str] | None, typer.Option(help="Only this stage (may be given several times).")] = None,
     until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start a new run beside the old one.")] = False,
-    name: Annotated[str | None, typer.Option(help="The run's folder under runs/; by default the recipe's name.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The run's folder under runs/; by default the recipe's name.")
+    ] = None,
     runs: Annotated[Path, typer.Option(help="The folder of all runs.")] = Path("runs"),
 ) -> None:
     """Run a recipe; run again, it resumes what is unfinished and skips what is done."""
@@ -95,7 +99,9 @@ def picked(recipe: "Recipe", only: list[str], until: str | None) -> list[str]:
 
     for stage in (*only, *([until] if until else [])):
         if stage not in recipe.stages:
-            raise ConfigError(f"stage: must be one of the recipe's; got {stage!r}; {nearest(stage, list(recipe.stages))}")
+            raise ConfigError(
+                f"stage: must be one of the recipe's; got {stage!r}; {nearest(stage, list(recipe.stages))}"
+            )
     stages = list(recipe.stages)
     if until:
         stages = stages[: stages.index(until) + 1]

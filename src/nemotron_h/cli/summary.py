@@ -17,11 +17,12 @@ def show_summary(records: dict[str, Any], folder: Path, console: Console) -> Non
         console.print()
         console.print("training loss, nats per token")
         console.print(curve(losses))
-    bits = dict(records.get("baselines", {}).get("bits_per_byte", {}))
+    bits: dict[str, float] = dict(records.get("baselines", {}).get("bits_per_byte", {}))
     if "train" in records:
         bits["this model"] = records["train"]["bits_per_byte"]
     if bits:
-        console.print(table(sorted(bits.items(), key=lambda item: -item[1]), ["held-out text", "bits per byte"]))
+        ordered = sorted(bits, key=bits.__getitem__, reverse=True)
+        console.print(table([(name, bits[name]) for name in ordered], ["held-out text", "bits per byte"]))
     for prompt, text in records.get("samples", {}).get("texts", {}).items():
         console.rule()
         console.print(prompt, style="bold", end="", markup=False, highlight=False)

@@ -50,14 +50,16 @@ def run_training(
     from nemotron_h.data.batches import Batches, windows
     from nemotron_h.data.shards import Shard
     from nemotron_h.text.tokenizer import Tokenizer
-    from nemotron_h.training.loop import Progress, train as run
+    from nemotron_h.training.loop import Progress
+    from nemotron_h.training.loop import train as run
 
     shard = Shard(data)
     held_out = Shard(validation) if validation is not None else None
     learned = Tokenizer.load(tokenizer) if tokenizer is not None else None
 
     def show(progress: Progress) -> None:
-        note = f"step {progress.step}/{progress.steps}  loss {progress.loss:.3f}  {progress.tokens_per_second:,.0f} tokens/s"
+        rate = f"{progress.tokens_per_second:,.0f} tokens/s"
+        note = f"step {progress.step}/{progress.steps}  loss {progress.loss:.3f}  {rate}"
         watch.fraction(progress.step / progress.steps, note)
         if progress.validation_loss is not None:
             watch.say(f"{note}  held-out loss {progress.validation_loss:.4f}")

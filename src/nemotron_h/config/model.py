@@ -129,7 +129,7 @@ class ModelConfig:
         mlp: MlpConfig | None = None,
         **shared: Any,
     ) -> Self:
-        """One config for all layers of a kind, laid out by a pattern such as `M-M*-`; shared: ModelConfig's other fields."""
+        """One config for all layers of a kind, laid out by a pattern (`M-M*-`); shared: ModelConfig's other fields."""
         kinds: dict[str, LayerConfig | None] = {MAMBA: mamba, ATTENTION: attention, MLP: mlp}
         layers = []
         for index, letter in enumerate(read_pattern(pattern)):

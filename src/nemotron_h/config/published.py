@@ -38,53 +38,51 @@ REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
     "mamba_ssm_cache_dtype": ("float32",),
 }
 # What steers training, other programs' kernels, or nothing at all in this family.
-PASSED_OVER = set(
-    [
-        "architectures",
-        "auto_map",
-        "expand",
-        "initializer_range",
-        "num_hidden_layers",
-        "num_logits_to_keep",
-        "rescale_prenorm_residual",
-        "time_step_floor",
-        "time_step_max",
-        "time_step_min",
-        "time_step_rank",
-        "torch_dtype",
-        "dtype",
-        "transformers_version",
-        "use_cache",
-        "use_mamba_kernels",
-        "rope_theta",
-        "partial_rotary_factor",
-        "head_dim",
-        "attention_head_dim",
-        "_name_or_path",
-        "return_dict",
-        "output_hidden_states",
-        "output_attentions",
-        "output_router_logits",
-        "chunk_size_feed_forward",
-        "id2label",
-        "label2id",
-        "is_encoder_decoder",
-        "problem_type",
-        "mtp_hybrid_override_pattern",
-        "mtp_layers_block_type",
-        "n_routed_experts",
-        "n_shared_experts",
-        "moe_intermediate_size",
-        "moe_shared_expert_intermediate_size",
-        "moe_latent_size",
-        "moe_shared_expert_overlap",
-        "num_experts_per_tok",
-        "routed_scaling_factor",
-        "n_group",
-        "topk_group",
-        "norm_topk_prob",
-    ]
-)
+PASSED_OVER = {
+    "architectures",
+    "auto_map",
+    "expand",
+    "initializer_range",
+    "num_hidden_layers",
+    "num_logits_to_keep",
+    "rescale_prenorm_residual",
+    "time_step_floor",
+    "time_step_max",
+    "time_step_min",
+    "time_step_rank",
+    "torch_dtype",
+    "dtype",
+    "transformers_version",
+    "use_cache",
+    "use_mamba_kernels",
+    "rope_theta",
+    "partial_rotary_factor",
+    "head_dim",
+    "attention_head_dim",
+    "_name_or_path",
+    "return_dict",
+    "output_hidden_states",
+    "output_attentions",
+    "output_router_logits",
+    "chunk_size_feed_forward",
+    "id2label",
+    "label2id",
+    "is_encoder_decoder",
+    "problem_type",
+    "mtp_hybrid_override_pattern",
+    "mtp_layers_block_type",
+    "n_routed_experts",
+    "n_shared_experts",
+    "moe_intermediate_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_latent_size",
+    "moe_shared_expert_overlap",
+    "num_experts_per_tok",
+    "routed_scaling_factor",
+    "n_group",
+    "topk_group",
+    "norm_topk_prob",
+}
 KINDS = {
     "mamba": MAMBA,
     "linear_attention": MAMBA,
@@ -128,7 +126,7 @@ class Keys:
 
 
 def read_config(path: Path) -> ModelConfig:
-    """The model that a config.json describes. Raises: ConfigError, UnsupportedError or CheckpointError naming the key."""
+    """The model that a config.json describes. Raises: ConfigError, UnsupportedError or CheckpointError, by key."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -175,20 +173,18 @@ def from_published(values: Mapping[str, Any]) -> ModelConfig:
 
 
 # Sizes of layers that a pattern may lack: present in every file, read only where a layer needs them.
-SIZES = set(
-    [
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "mamba_num_heads",
-        "mamba_head_dim",
-        "ssm_state_size",
-        "n_groups",
-        "conv_kernel",
-        "chunk_size",
-        "time_step_limit",
-    ]
-)
+SIZES = {
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "mamba_num_heads",
+    "mamba_head_dim",
+    "ssm_state_size",
+    "n_groups",
+    "conv_kernel",
+    "chunk_size",
+    "time_step_limit",
+}
 
 
 def pattern_of(keys: Keys) -> str:

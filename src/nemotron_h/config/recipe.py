@@ -1,4 +1,4 @@
-"""A recipe: the settings of a run, its stages in order, and how each part is set. Read from TOML with dotted overrides."""
+"""A recipe: the stages of a run, in order, and how each is set. Read from TOML, with dotted overrides."""
 
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -53,14 +53,14 @@ class Recipe:
     def __post_init__(self) -> None:
         for stage in (*self.stages, *self.limit_seconds):
             if stage not in STAGES:
-                raise ConfigError(f"stages: must be made of known stages; got {stage!r}; {nearest(stage, list(STAGES))}")
+                raise ConfigError(
+                    f"stages: must be made of known stages; got {stage!r}; {nearest(stage, list(STAGES))}"
+                )
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ConfigError(f"name: must be the name of a folder under runs/; got {self.name!r}")
         vocab = self.model_config.vocab_size
         if self.tokenizer.vocab_size > vocab:
-            raise ConfigError(
-                f"tokenizer.vocab_size: must fit the model's {vocab}; got {self.tokenizer.vocab_size}"
-            )
+            raise ConfigError(f"tokenizer.vocab_size: must fit the model's {vocab}; got {self.tokenizer.vocab_size}")
 
     @property
     def model_config(self) -> ModelConfig:
@@ -68,7 +68,7 @@ class Recipe:
 
 
 def read_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of that name (a file of the package, without .toml) or path, with overrides such as `train.steps=200`."""
+    """The recipe of that name (a file of the package, without .toml) or path; overrides such as `train.steps=200`."""
     try:
         values = tomllib.loads(recipe_text(name))
     except tomllib.TOMLDecodeError as error:

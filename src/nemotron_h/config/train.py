@@ -54,10 +54,16 @@ class TrainConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps sequence_length batch_size accumulation validate_every_steps validation_windows "
-            "checkpoint_every_steps keep_checkpoints"
-        ).split():
+        for name in [
+            "steps",
+            "sequence_length",
+            "batch_size",
+            "accumulation",
+            "validate_every_steps",
+            "validation_windows",
+            "checkpoint_every_steps",
+            "keep_checkpoints",
+        ]:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must be 1 or above; got {getattr(self, name)}")
         for name in ("learning_rate", "matrix_learning_rate", "epsilon", "clip_norm"):
@@ -68,7 +74,8 @@ class TrainConfig:
                 raise ConfigError(f"{name}: must lie in 0..1, 1 excluded; got {getattr(self, name)}")
         if not 0 <= self.decay_fraction <= 1 - self.warmup_fraction:
             raise ConfigError(
-                f"decay_fraction: must leave room for warmup_fraction; got {self.decay_fraction} and {self.warmup_fraction}"
+                f"decay_fraction: must leave room for warmup_fraction; got {self.decay_fraction} and "
+                f"{self.warmup_fraction}"
             )
 
     @property

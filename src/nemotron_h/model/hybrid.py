@@ -125,16 +125,19 @@ class Layer(nn.Module):
         tables: list[list[int]] | None,
     ) -> Tensor:
         u = self.norm(x)
+        mixed: Tensor
         match self.mixer, state:
             case Mamba() as mamba, MambaState() | None:
-                return x + mamba(u, segments, state)
+                mixed = mamba(u, segments, state)
             case Attention() as attention, AttentionState() | None:
-                return x + attention(u, segments, state, tables)
+                mixed = attention(u, segments, state, tables)
             case Mlp() as mlp, None:
-                return x + mlp(u)
-        raise ShapeError(
-            f"state: must be of the model's own layers; got {type(state).__name__} for {type(self.mixer).__name__}"
-        )
+                mixed = mlp(u)
+            case mixer, other:
+                raise ShapeError(
+                    f"state: must be of the model's own layers; got {type(other).__name__} for {type(mixer).__name__}"
+                )
+        return x + mixed
 
 
 class Norm(Gain):

@@ -33,8 +33,9 @@ class Mamba(nn.Module):
         self.in_proj = Linear(hidden_size, inner + channels + heads, dtype=dtype, device=device)
         self.conv1d = Taps(channels, config.conv_kernel, dtype=dtype, device=device)
         # float32: what is small in them decides how long the layer remembers
-        for name in ("dt_bias", "A_log", "D"):
-            setattr(self, name, nn.Parameter(torch.empty(heads, dtype=torch.float32, device=device)))
+        self.dt_bias, self.A_log, self.D = (
+            nn.Parameter(torch.empty(heads, dtype=torch.float32, device=device)) for _ in range(3)
+        )
         self.norm = Gain(inner, dtype=dtype, device=device)
         self.out_proj = Linear(inner, hidden_size, dtype=dtype, device=device)
 

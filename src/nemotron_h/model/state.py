@@ -2,7 +2,7 @@
 
 Each Mamba layer keeps the recurrent state at a chunk boundary and the inputs since; each attention layer keeps keys and
 values in pages of BLOCK tokens. State alone reads and writes this storage, in place. The storage may be its own, or
-rows and pages of pools that somebody else hands out and takes back: every field is a tensor, and a slice of a pool is one.
+rows and pages of pools that somebody else hands out and takes back: a slice of a pool is a tensor like any other.
 
 Invariant: a position holds the tokens before it; places of a chunk or page not yet written are zero.
 """

@@ -13,12 +13,12 @@ from torch import Tensor
 
 def silu(x: Tensor) -> Tensor:
     """x / (1 + exp(-x)), computed and returned in float32. Any shape, any float dtype."""
-    return _Silu.apply(x)  # type: ignore[no-any-return]
+    return _Silu.apply(x)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|)), computed and returned in float32."""
-    return _Softplus.apply(x)  # type: ignore[no-any-return]
+    return _Softplus.apply(x)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def relu2(x: Tensor) -> Tensor:
@@ -28,10 +28,10 @@ def relu2(x: Tensor) -> Tensor:
 
 class _Silu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Any:
         ctx.save_for_backward(x)
         x = x.float()
-        return x.div(x.neg().exp_().add_(1))
+        return x / x.neg().exp_().add_(1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -39,12 +39,13 @@ class _Silu(torch.autograd.Function):
         wide = x.float()
         gate = wide.neg().exp_().add_(1).reciprocal_()  # sigmoid(x)
         slope = wide.mul_(1 - gate) if x.dtype != torch.float32 else wide * (1 - gate)
-        return slope.add_(1).mul_(gate).mul_(grad).to(x.dtype)
+        total: Tensor = slope.add_(1).mul_(gate).mul_(grad)
+        return total.to(x.dtype)
 
 
 class _Softplus(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Any:
         ctx.save_for_backward(x)
         x = x.float()
         return x.clamp(min=0) + x.abs().neg_().exp_().log1p_()
@@ -52,4 +53,5 @@ class _Softplus(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return (grad / (x.float().neg().exp_().add_(1))).to(x.dtype)
+        gate: Tensor = x.float().neg().exp_().add_(1).reciprocal_()
+        return (grad * gate).to(x.dtype)

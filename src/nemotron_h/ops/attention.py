@@ -1,6 +1,6 @@
 """Grouped-query causal attention: its definition, one masked call for training, and absolute key blocks for the rest.
 
-    out_i = sum_{j <= i} softmax_j(q_i . k_j / sqrt(d)) v_j          query head f reads key head f // (f_heads / k_heads)
+    out_i = sum_{j <= i} softmax_j(q_i . k_j / sqrt(d)) v_j        query head f reads key head f // (f_heads / k_heads)
 
 Letters: rows as in `segments.py`, f query heads, k key-value heads, d head width.
 
@@ -25,7 +25,7 @@ Blocks = Sequence[tuple[Tensor, Tensor]]  # of one sequence: keys (k, BLOCK, d) 
 
 
 def attention_definition(q: Tensor, k: Tensor, v: Tensor, start: int = 0) -> Tensor:
-    """One sequence as the formula reads: q (l, f, d) at places start.., k and v (start + l, kv, d). Returns (l, f, d)."""
+    """One sequence as the formula reads: q (l, f, d) at places start.., k, v (start + l, kv, d). Returns (l, f, d)."""
     group = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
     scores = torch.einsum("ifd,jfd->fij", q, k) / math.sqrt(q.shape[2])
@@ -53,7 +53,8 @@ def attention_whole(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tens
 
 def _causal_call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """(b, l, heads, d) each."""
-    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True).transpose(1, 2)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
 def attention_blocks(q: Tensor, segments: Segments, blocks: Sequence[Blocks]) -> Tensor:

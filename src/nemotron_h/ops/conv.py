@@ -19,10 +19,11 @@ from nemotron_h.ops.shapes import expect
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, segments: Segments, carried: Tensor | None) -> Tensor:
-    """x (rows, channels), weight (channels, 1, kernel), bias (channels), carried (segments, kernel - 1, channels) or None.
+    """x (rows, channels), weight (channels, 1, kernel), bias (channels), carried (segments, kernel - 1, channels).
 
     Returns (rows, channels) in x's dtype, zeros for padding; computed in float32, taps added oldest first.
-    Differentiable where nothing is carried. Raises: ShapeError, naming the argument.
+    carried: the inputs before each segment, newest last; None for zeros. Differentiable where nothing is carried.
+    Raises: ShapeError, naming the argument.
     """
     channels, kernel = x.shape[1], weight.shape[-1]
     expect(x, "x", (segments.rows, channels))
@@ -33,7 +34,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, segments: Segments, car
         if x.requires_grad:
             raise ShapeError("carried: must be None where gradients are wanted; training passes no state")
     if runs(x):
-        return _CausalConv.apply(x, weight, bias, segments, carried)  # type: ignore[no-any-return]
+        return _CausalConv.apply(x, weight, bias, segments, carried)  # type: ignore[no-any-return,no-untyped-call]
     return causal_conv_torch(x, weight, bias, segments, carried)
 
 

@@ -1,6 +1,6 @@
 """Cross-entropy from hidden states, without ever holding all logits.
 
-    loss_i = logsumexp_v(h_i . w_v) - h_i . w_target            dh_i = (softmax_i - onehot_i) W       dW = sum_i (...) h_i
+    loss_i = logsumexp_v(h_i . w_v) - h_i . w_target        dh_i = (softmax_i - onehot_i) W        dW = sum_i (...) h_i
 
 Rows are walked in pieces whose logits fit in PIECE_BYTES, and their gradients are made at once, in place of the logits.
 Matrices are met in slices of the vocabulary, so that no second copy of the head is ever needed, and what is summed over
@@ -31,7 +31,7 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     rows, width = hidden.shape
     expect(targets, "targets", (rows,), torch.int64)
     expect(weight, "weight", (weight.shape[0], width))
-    return _CrossEntropy.apply(hidden, weight, targets)  # type: ignore[no-any-return]
+    return _CrossEntropy.apply(hidden, weight, targets)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def cross_entropy_definition(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

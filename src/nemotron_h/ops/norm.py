@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nemotron_h.ops.activation import silu
 from nemotron_h.ops.jit import norm as jit
-from nemotron_h.ops.jit.scalars import array, runs
+from nemotron_h.ops.jit.scalars import array, f, runs
 from nemotron_h.ops.shapes import expect
 
 
@@ -23,7 +23,7 @@ def rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
     """x (rows, d) any float, gain (d). Returns x's dtype; computed in float32."""
     expect(gain, "gain", x.shape[-1:])
     if runs(x):
-        return _RmsNorm.apply(x, gain, epsilon)  # type: ignore[no-any-return]
+        return _RmsNorm.apply(x, gain, epsilon)  # type: ignore[no-any-return,no-untyped-call]
     return rms_norm_torch(x, gain, epsilon)
 
 
@@ -37,7 +37,7 @@ def gated_rms_norm(y: Tensor, z: Tensor, gain: Tensor, num_groups: int, epsilon:
     expect(y, "y", tuple(z.shape), torch.float32)
     expect(gain, "gain", z.shape[-1:])
     if runs(y, z):
-        return _GatedRmsNorm.apply(y, z, gain, num_groups, epsilon)  # type: ignore[no-any-return]
+        return _GatedRmsNorm.apply(y, z, gain, num_groups, epsilon)  # type: ignore[no-any-return,no-untyped-call]
     return gated_rms_norm_torch(y, z, gain, num_groups, epsilon)
 
 
@@ -53,7 +53,7 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
         x, out = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
-        jit.forward(array(x), array(gain.float()), jit.f(epsilon), array(out))
+        jit.forward(array(x), array(gain.float()), f(epsilon), array(out))
         ctx.save_for_backward(x, gain)
         ctx.epsilon = epsilon
         return out
@@ -63,7 +63,7 @@ class _RmsNorm(torch.autograd.Function):
         x, gain = ctx.saved_tensors
         grad_x, partial = torch.empty_like(x), _pieces(x)
         jit.backward(
-            array(x), array(gain.float()), jit.f(ctx.epsilon), array(grad.contiguous()), array(grad_x), array(partial)
+            array(x), array(gain.float()), f(ctx.epsilon), array(grad.contiguous()), array(grad_x), array(partial)
         )
         return grad_x, partial.double().sum(0).to(gain.dtype), None
 
@@ -72,7 +72,7 @@ class _GatedRmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, z: Tensor, gain: Tensor, num_groups: int, epsilon: float) -> Tensor:
         y, z, out = y.contiguous(), z.contiguous(), torch.empty(z.shape, dtype=z.dtype)
-        jit.gated_forward(array(y), array(z), array(gain.float()), num_groups, jit.f(epsilon), array(out))
+        jit.gated_forward(array(y), array(z), array(gain.float()), num_groups, f(epsilon), array(out))
         ctx.save_for_backward(y, z, gain)
         ctx.settings = num_groups, epsilon
         return out
@@ -83,7 +83,7 @@ class _GatedRmsNorm(torch.autograd.Function):
         num_groups, epsilon = ctx.settings
         grad_y, grad_z, partial = torch.empty_like(y), torch.empty_like(z), _pieces(y)
         jit.gated_backward(
-            array(y), array(z), array(gain.float()), num_groups, jit.f(epsilon), array(grad.contiguous()),
+            array(y), array(z), array(gain.float()), num_groups, f(epsilon), array(grad.contiguous()),
             array(grad_y), array(grad_z), array(partial),
         )  # fmt: skip
         return grad_y, grad_z, partial.double().sum(0).to(gain.dtype), None, None

@@ -80,7 +80,7 @@ class Segments:
 
     @cached_property
     def carried(self) -> tuple[int, ...]:
-        """Inputs of the chunk at hand from earlier calls. A chunk just filled still counts: it moves on when the next begins."""
+        """Inputs of the chunk at hand from earlier calls; a chunk just filled is at hand until the next begins."""
         return tuple((start - 1) % CHUNK + 1 if start else 0 for start in self.starts)
 
     @cached_property

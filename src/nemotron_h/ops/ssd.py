@@ -104,7 +104,7 @@ def decayed(scores: Tensor, a_queries: Tensor, a: Tensor, places: Tensor) -> Ten
     scores (c g, m, CHUNK), a_queries (c h, m), a (c h, CHUNK) float32, places (c, m) int64.
     """
     if runs(scores):
-        return _Decayed.apply(scores, a_queries, a, places)  # type: ignore[no-any-return]
+        return _Decayed.apply(scores, a_queries, a, places)  # type: ignore[no-any-return,no-untyped-call]
     return decayed_torch(scores, a_queries, a, places)
 
 
@@ -128,10 +128,10 @@ class _Decayed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         scores, a_queries, a = ctx.saved_tensors
-        grads = tuple(torch.zeros_like(t) for t in (scores, a_queries, a))
+        grads = [torch.zeros_like(t) for t in (scores, a_queries, a)]
         inputs = (array(t) for t in (scores, a_queries, a))
         jit.backward(*inputs, ctx.places.numpy(), array(grad.contiguous()), *(array(t) for t in grads))
-        return *grads, None
+        return grads[0], grads[1], grads[2], None
 
 
 def _boundaries(

@@ -28,7 +28,7 @@ from nemotron_h.text.tokenizer import Tokenizer
 from nemotron_h.training.metrics import Metrics
 from nemotron_h.training.optimizer import load_state_tensors, optimizers, set_learning_rate, state_tensors
 from nemotron_h.training.schedule import schedule
-from nemotron_h.training.step import Loss, total_loss, next_token_loss, train_step
+from nemotron_h.training.step import Loss, next_token_loss, total_loss, train_step
 
 CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
 COMPUTE = {Precision.BFLOAT16: torch.bfloat16, Precision.FLOAT32: torch.float32}
@@ -83,9 +83,7 @@ def train(
             began = time.perf_counter()
             set_learning_rate(run.optimizers, factor(run.step))
             places = [run.place + i * config.batch_size for i in range(config.accumulation)]
-            result = train_step(
-                run.model, run.optimizers, map(batches.at, places), loss_of, clip_norm=config.clip_norm
-            )
+            result = train_step(run.model, run.optimizers, map(batches.at, places), loss_of, clip_norm=config.clip_norm)
             run.step, run.place = run.step + 1, run.place + config.accumulation * config.batch_size
             seconds = time.perf_counter() - began
             measured = None
@@ -141,7 +139,9 @@ class _Run:
 
     def _settings(self) -> dict[str, Any]:
         """What must not change between two halves of a run."""
-        return {key: str(value) if isinstance(value, Precision) else value for key, value in asdict(self.config).items()}
+        return {
+            key: str(value) if isinstance(value, Precision) else value for key, value in asdict(self.config).items()
+        }
 
     def save(self) -> Path:
         """The checkpoint of the step at hand, written unless it is there."""

@@ -66,7 +66,7 @@ def set_learning_rate(made: Iterable[torch.optim.Optimizer], factor: float) -> N
 
 def state_tensors(model: nn.Module, made: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """Everything the optimizers remember, by parameter name: `exp_avg.backbone.norm_f.weight`."""
-    names = {p: name for name, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     return {
         f"{moment}.{names[p]}": value
         for optimizer in made
@@ -75,9 +75,7 @@ def state_tensors(model: nn.Module, made: Iterable[torch.optim.Optimizer]) -> di
     }
 
 
-def load_state_tensors(
-    model: nn.Module, made: Iterable[torch.optim.Optimizer], tensors: Mapping[str, Tensor]
-) -> None:
+def load_state_tensors(model: nn.Module, made: Iterable[torch.optim.Optimizer], tensors: Mapping[str, Tensor]) -> None:
     """The inverse of `state_tensors`: tensors of other names are passed over."""
     parameters = dict(model.named_parameters())
     owners = {p: optimizer for optimizer in made for group in optimizer.param_groups for p in group["params"]}

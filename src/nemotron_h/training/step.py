@@ -1,5 +1,6 @@
 """One optimizer step: the mean loss of its batches, its gradient, clipped, applied."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -40,11 +41,11 @@ def train_step(
     *,
     clip_norm: float,
 ) -> StepResult:
-    """Move the weights once by the mean loss over all targets of the batches. Raises: DataError on a loss that is not finite."""
+    """Move the weights once by the mean loss over all targets. Raises: DataError where it is not finite."""
     total, count = 0.0, 0
     for batch in batches:
         loss, targets = loss_of(model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total, count = total + loss.item(), count + targets
     if count == 0:
         raise DataError("batch: must hold at least one target; got none")
@@ -53,7 +54,7 @@ def train_step(
         assert parameter.grad is not None
         parameter.grad.div_(count)
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm, foreach=True).item()
-    if not (total == total and norm < float("inf")):
+    if not (math.isfinite(total) and math.isfinite(norm)):
         raise DataError(f"loss: must be finite; got {total} with gradient norm {norm}; lower the learning rate")
     for optimizer in optimizers:
         optimizer.step()

@@ -62,13 +62,13 @@ def inline(function: Callable[..., Any]) -> Any:
 if numba is not None:
 
     @intrinsic  # type: ignore[untyped-decorator]
-    def as_float(typing, bits):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    def as_float(typing, bits):  # type: ignore[no-untyped-def]
         return types.float32(types.uint32), lambda context, builder, signature, args: builder.bitcast(
             args[0], ir.FloatType()
         )
 
     @intrinsic  # type: ignore[untyped-decorator]
-    def as_bits(typing, number):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    def as_bits(typing, number):  # type: ignore[no-untyped-def]
         return types.uint32(types.float32), lambda context, builder, signature, args: builder.bitcast(
             args[0], ir.IntType(32)
         )
