@@ -63,6 +63,13 @@ def test_the_fraction_of_bytes_is_held_out(tmp_path: Path, fraction: float) -> N
     assert wanted <= report.validation_bytes < wanted + 4 * 9  # over it by less than one document
 
 
+def test_each_side_has_a_document(tmp_path: Path) -> None:
+    for i in range(20):  # whichever of the two has the smaller hash
+        source = tree(tmp_path / str(i), {"small.py": f"{i}", "large.py": f"{i}" * 1000})
+        report = collect(CorpusConfig(), source, tmp_path / "out")
+        assert (report.train_documents, report.validation_documents) == (1, 1)
+
+
 def test_content_decides_and_names_do_not(tmp_path: Path) -> None:
     files = {f"{i}.py": f"text {i}" for i in range(200)}
     collect(CorpusConfig(), tree(tmp_path / "one", files), tmp_path / "out1")
@@ -118,7 +125,7 @@ def test_a_folder_without_documents_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere: must be a folder"):
         collect(CorpusConfig(), tmp_path / "nowhere", tmp_path / "out")
     for files in ({}, {"a.py": "alone"}):
-        with pytest.raises(DataError, match=f"must hold documents to train on .* got {len(files)} in all"):
+        with pytest.raises(DataError, match=f"must hold two documents or more.* got {len(files)};"):
             collect(CorpusConfig(), tree(tmp_path, files), tmp_path / "out")
 
 

@@ -52,8 +52,8 @@ def collect(
 ) -> CorpusReport:
     """Write the documents of source to folder: train.jsonl, validation.jsonl, and the report as corpus.json.
 
-    Validation documents are those with the smallest content hashes, up to the fraction of bytes that config names, one
-    at least; a text is never on both sides. Near copies stay in validation: the report names them.
+    Validation documents are those with the smallest content hashes, up to the fraction of bytes that config names; each
+    side has one at least, and a text is never on both. Near copies stay in validation: the report names them.
     progress: called with the fraction done. Raises: DataError where source holds fewer than two documents.
     """
     paths = list(_paths(config, source))
@@ -123,19 +123,17 @@ Texts = list[tuple[str, bytes]]  # path and content
 
 def _split(contents: dict[bytes, tuple[str, bytes]], fraction: float, source: Path) -> tuple[Texts, Texts]:
     """Training and validation documents, each sorted by path."""
+    if len(contents) < 2:
+        rule = "must hold two documents or more, to train on and to hold out"
+        raise DataError(f"{source}: {rule}; got {len(contents)}; name a larger folder")
     wanted = fraction * sum(len(content) for _, content in contents.values())
     train, validation, taken = [], [], 0
-    for _, (path, content) in sorted(contents.items()):
-        if taken < wanted:
-            validation.append((path, content))
-            taken += len(content)
+    for rank, (_, document) in enumerate(sorted(contents.items()), start=1):
+        if taken < wanted and rank < len(contents):
+            validation.append(document)
+            taken += len(document[1])
         else:
-            train.append((path, content))
-    if not train:
-        raise DataError(
-            f"{source}: must hold documents to train on beside those held out; got {len(contents)} in all; "
-            "name a larger folder"
-        )
+            train.append(document)
     return sorted(train), sorted(validation)
 
 
