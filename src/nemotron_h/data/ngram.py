@@ -92,7 +92,7 @@ class Ngrams:
     ) -> None:
         """order: bytes in the longest n-gram, 1 to 8. progress: called with the fraction done.
 
-        Takes some 20 bytes of memory for each byte of documents. Raises: DataError where there is no byte to count.
+        Takes 20 to 35 bytes of memory for each byte of documents. Raises: DataError where there is no byte to count.
         """
         if not 1 <= order <= MAX_ORDER:
             raise DataError(f"order: must lie in 1..{MAX_ORDER}; got {order}")
