@@ -6,9 +6,9 @@ if TYPE_CHECKING:
     from nemotron_h.checkpoint.save import save
     from nemotron_h.config.model import AttentionConfig, MambaConfig, MlpConfig, ModelConfig
     from nemotron_h.config.presets import PRESETS
+    from nemotron_h.config.sampling import Sampling
     from nemotron_h.errors import NemotronError
     from nemotron_h.inference.load import LanguageModel, load
-    from nemotron_h.inference.sampling import Sampling
     from nemotron_h.model.hybrid import Hybrid
     from nemotron_h.model.state import State
     from nemotron_h.text.tokenizer import Tokenizer
@@ -25,7 +25,7 @@ _HOMES = {
     "ModelConfig": "config.model",
     "NemotronError": "errors",
     "PRESETS": "config.presets",
-    "Sampling": "inference.sampling",
+    "Sampling": "config.sampling",
     "State": "model.state",
     "Tokenizer": "text.tokenizer",
     "load": "inference.load",

@@ -4,11 +4,14 @@ A folder is filled under a hidden name beside its own, flushed to disk, and rena
 whenever the writer was killed. An existing folder is never written over.
 """
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from nemotron_h.errors import CapacityError, CheckpointError
 
@@ -20,40 +23,62 @@ def new_folder(folder: Path, *, need_bytes: int = 0) -> Iterator[Path]:
     """A hidden folder to fill, which becomes `folder` when the block ends well and is removed when it does not.
 
     need_bytes: checked against the free disk before anything is written.
-    Raises: CheckpointError where `folder` exists; CapacityError where the disk is too small or fills up.
+    Raises: CheckpointError where `folder` exists; CapacityError where the disk is too small or does not take it.
     """
     if folder.exists():
         raise CheckpointError(f"{folder}: must not exist, nothing is written over; name another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder.parent, folder.name)
-    free = shutil.disk_usage(folder.parent).free
-    if need_bytes > free:
-        raise CapacityError(
-            f"{folder}: needs {need_bytes:,} bytes of disk; {free:,} are free; free some or save elsewhere"
-        )
-    partial = folder.parent / f".{folder.name}{PARTIAL}"
-    partial.mkdir()
+    partial = _hidden(folder)
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        remove(partial)
+        free = shutil.disk_usage(folder.parent).free
+        if need_bytes > free:
+            raise CapacityError(
+                f"{folder}: needs {need_bytes:,} bytes of disk; {free:,} are free; free some or save elsewhere"
+            )
+        partial.mkdir()
         yield partial
         for file in partial.iterdir():
             flush(file)
         flush(partial)
         partial.rename(folder)
         flush(folder.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CapacityError(f"{folder}: could not be written: {reason}; what was there is untouched") from error
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise CapacityError(
-            f"{folder}: could not be written: {error.strerror or error}; nothing else was changed"
-        ) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
-def remove_leftovers(parent: Path, name: str = "*") -> None:
-    """Remove what killed writers left unfinished."""
-    for leftover in parent.glob(f".{name}{PARTIAL}"):
-        shutil.rmtree(leftover)
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold an existing folder for this process, until the block or the process ends.
+
+    Raises: CheckpointError where another process holds it.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{folder}: must not be in use; another process runs it; wait, or name another run"
+            ) from None
+        yield
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Remove what killed writers left unfinished in a folder."""
+    for leftover in parent.glob(f".*{PARTIAL}"):
+        remove(leftover)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder where there is one; a folder loses its name first, so that no half of it is read."""
+    if path.is_dir():
+        hidden = path if path.name.endswith(PARTIAL) else path.rename(_hidden(path))
+        shutil.rmtree(hidden)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:
@@ -67,7 +92,11 @@ def flush(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace one small file, whole or not at all."""
-    partial = path.with_name(f".{path.name}{PARTIAL}")
+    partial = _hidden(path)
     partial.write_text(text, encoding="utf-8")
     flush(partial)
     partial.replace(path)
+
+
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{path.name}{PARTIAL}")

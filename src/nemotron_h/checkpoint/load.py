@@ -10,10 +10,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from nemotron_h.checkpoint.save import CONFIG, INDEX, KEPT_FLOAT32, WEIGHTS
+from nemotron_h.checkpoint.save import CONFIG, INDEX, WEIGHTS, stored_dtype
 from nemotron_h.config.published import read_config
 from nemotron_h.errors import CheckpointError
 from nemotron_h.model.hybrid import Hybrid
+
+HEAD, EMBEDDING = "lm_head.weight", "backbone.embeddings.weight"
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def load(
@@ -28,23 +32,23 @@ def load(
     Raises: CheckpointError naming the file or tensor; ConfigError or UnsupportedError naming the key of config.json.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: must be a checkpoint folder; got no such folder")
     config = read_config(folder / CONFIG)
     model = Hybrid(config, dtype=dtype, compute_dtype=compute_dtype, device="meta")
     wanted = dict(model.named_parameters())
     files = weight_files(folder)
     check_names(wanted, files, folder, tied=config.tied_embeddings)
+    head = None
     for name, tensor in read_tensors(folder, files):
-        if name not in wanted:
-            continue  # a tied head, checked above
-        expected = wanted[name]
-        if tensor.shape != expected.shape:
-            raise CheckpointError(
-                f"{name}: must have shape {tuple(expected.shape)} by config.json; got {tuple(tensor.shape)} in {folder}"
-            )
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{name}: must be floating point; got {tensor.dtype} in {folder}")
-        kept = torch.float32 if name.rpartition(".")[2] in KEPT_FLOAT32 else dtype
-        put(model, name, tensor.to(device, kept))
+        tied = name not in wanted  # a head beside the embedding that it is tied to
+        check_tensor(name, tensor, wanted[EMBEDDING if tied else name], folder)
+        if tied:
+            head = tensor
+        else:
+            put(model, name, tensor.to(device, stored_dtype(name, dtype)))
+    if head is not None and not torch.equal(head.to(device, dtype), model.head_weight):
+        raise CheckpointError(f"{HEAD}: must equal the embedding, tied to it by config.json; it differs in {folder}")
     return model.eval()
 
 
@@ -59,7 +63,7 @@ def weight_files(folder: Path) -> dict[str, str]:
     if (folder / INDEX).exists():
         return _read_index(folder / INDEX)
     if not (folder / WEIGHTS).exists():
-        others = sorted(path.name for path in folder.glob("*.bin"))
+        others = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         hint = (
             f"{others[0]} is a pickle, which is never loaded; convert it" if others else "is this a checkpoint folder?"
         )
@@ -70,7 +74,7 @@ def weight_files(folder: Path) -> dict[str, str]:
 
 def check_names(wanted: Mapping[str, Any], found: Mapping[str, Any], folder: Path, *, tied: bool) -> None:
     """Every tensor the model has, and no other."""
-    extra = sorted(set(found) - set(wanted) - ({"lm_head.weight"} if tied else set()))
+    extra = sorted(set(found) - set(wanted) - ({HEAD} if tied else set()))
     missing = [name for name in wanted if name not in found]
     if missing:
         have = len(wanted) - len(missing)
@@ -84,11 +88,25 @@ def check_names(wanted: Mapping[str, Any], found: Mapping[str, Any], folder: Pat
         )
 
 
+def check_tensor(name: str, tensor: Tensor, expected: Tensor, folder: Path) -> None:
+    """The shape that config.json gives, and a dtype whose numbers are the weights themselves."""
+    if tensor.shape != expected.shape:
+        raise CheckpointError(
+            f"{name}: must have shape {tuple(expected.shape)} by config.json; got {tuple(tensor.shape)} in {folder}"
+        )
+    if tensor.dtype not in FLOATS:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+        raise CheckpointError(f"{name}: must be one of {allowed}; got {tensor.dtype} in {folder}")
+
+
 def read_tensors(folder: Path, files: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
     """Each tensor with its name, mapped from its file."""
     for file_name in dict.fromkeys(files.values()):
         with opened(folder / file_name) as file:
             held = set(file.keys())
+            unlisted = sorted(held - {name for name, where in files.items() if where == file_name})
+            if unlisted:
+                raise CheckpointError(f"{unlisted[0]}: is in {folder / file_name} but not there by {INDEX}")
             for name, where in files.items():
                 if where != file_name:
                     continue
@@ -114,7 +132,7 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         files = content["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: must be JSON with a weight_map; got {type(error).__name__}: {error}") from None
     if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
         raise CheckpointError(f"{path}: weight_map must map tensors to file names; got {type(files).__name__}")

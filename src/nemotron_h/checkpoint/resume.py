@@ -7,7 +7,6 @@ step-00000400/   config.json model.safetensors tokenizer.json      the model, fo
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nemotron_h.checkpoint.files import new_folder, remove_leftovers
+from nemotron_h.checkpoint.files import new_folder, remove, remove_leftovers
 from nemotron_h.checkpoint.load import opened
-from nemotron_h.checkpoint.save import write_model
+from nemotron_h.checkpoint.save import size_bytes, write_model
 from nemotron_h.errors import CheckpointError
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.text.tokenizer import Tokenizer
 
 TENSORS, VALUES = "training.safetensors", "training.json"
 STEP_FOLDER = re.compile(r"step-(\d{8})")
+KEYS = ("step", "place", "settings")
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies in the folder of all of them."""
+    return folder / f"step-{step:08d}"
 
 
 def save_step(
@@ -37,15 +42,15 @@ def save_step(
     tokenizer: Tokenizer | None,
     keep: int,
 ) -> Path:
-    """Write step-N, whole or not at all; then remove all but the newest `keep`."""
-    path = folder / f"step-{step:08d}"
-    size = sum(t.nbytes for t in tensors.values()) + 2 * sum(p.numel() for p in model.parameters())
+    """Write step-N, whole or not at all; then remove all but the newest `keep`. values: KEYS, as JSON has them."""
+    path = step_folder(folder, step)
+    size = sum(t.nbytes for t in tensors.values()) + size_bytes(model, torch.bfloat16)
     with new_folder(path, need_bytes=size) as partial:
         write_model(model, partial, tokenizer=tokenizer)
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial / TENSORS)
         (partial / VALUES).write_text(json.dumps(dict(values), indent=2) + "\n", encoding="utf-8")
     for old in steps(folder)[:-keep]:
-        shutil.rmtree(old)
+        remove(old)
     return path
 
 
@@ -72,4 +77,7 @@ def read_step(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         values = json.loads((path / VALUES).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / VALUES}: must be readable JSON; got {error}") from None
+    if not isinstance(values, dict) or sorted(values) != sorted(KEYS):
+        got = ", ".join(values) if isinstance(values, dict) else type(values).__name__
+        raise CheckpointError(f"{path / VALUES}: must hold {', '.join(KEYS)}; got {got}")
     return tensors, values

@@ -31,8 +31,7 @@ def save(
 
     Raises: CheckpointError where the folder exists, CapacityError where the disk is too small.
     """
-    size = sum(p.numel() * dtype.itemsize for p in model.parameters())
-    with new_folder(Path(folder), need_bytes=size) as partial:
+    with new_folder(Path(folder), need_bytes=size_bytes(model, dtype)) as partial:
         write_model(model, partial, tokenizer=tokenizer, dtype=dtype, shard_bytes=shard_bytes)
 
 
@@ -58,9 +57,13 @@ def write_model(
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write(shard, folder / name, dtype)
         index |= dict.fromkeys(shard, name)
-    total = sum(p.numel() * stored_dtype(name, dtype).itemsize for name, p in model.named_parameters())
-    content = {"metadata": {"total_size": total}, "weight_map": index}
+    content = {"metadata": {"total_size": size_bytes(model, dtype)}, "weight_map": index}
     (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def size_bytes(model: Hybrid, dtype: torch.dtype) -> int:
+    """Of all weights in a checkpoint of that dtype."""
+    return sum(p.numel() * stored_dtype(name, dtype).itemsize for name, p in model.named_parameters())
 
 
 def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:

@@ -1,11 +1,13 @@
 """The verbs together, and the one place where an error becomes a line and an exit code.
 
-Exit codes: 0 done, 1 our fault, 2 the user's, 130 interrupted. `--debug` shows the traceback.
+Exit codes: 0 done, 1 our fault or nobody reads our output, 2 the user's, 130 and 143 interrupted and terminated.
 """
 
+import os
 import sys
 import warnings
-from typing import Annotated
+from io import TextIOWrapper
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -15,6 +17,8 @@ from nemotron_h.cli.run import run
 from nemotron_h.cli.show import show
 from nemotron_h.cli.train import train
 from nemotron_h.errors import NemotronError
+
+DEBUG = "--debug"
 
 app = typer.Typer(
     name="nemotron-h",
@@ -39,29 +43,44 @@ def options(
     show_version: Annotated[
         bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version and leave.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[bool, typer.Option(DEBUG, help="Show the traceback of an error; before or after a verb.")] = False,
 ) -> None:
     """Options of every verb."""
 
 
 def main() -> None:
     """Run the command line; leave with its exit code."""
-    debug = "--debug" in sys.argv
+    arguments, debug = without_debug(sys.argv[1:])
     warnings.showwarning = lambda message, *rest, **more: print(f"note: {message}", file=sys.stderr)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without a letter of the text gets "?"
     try:
-        app()
-    except NemotronError as error:
-        if debug:
-            raise
-        print(f"nemotron-h: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output left: not an error of ours
-        sys.stderr.close()
-        sys.exit(0)
-    except Exception as error:  # the outermost loop: ours, said in a line
-        if debug:
-            raise
-        print(f"nemotron-h: internal error: {type(error).__name__}: {error}; --debug shows where", file=sys.stderr)
+        try:
+            app(arguments, prog_name="nemotron-h")
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the last flush of Python complains
         sys.exit(1)
+    except NemotronError as error:
+        leave(str(error), 2, debug=debug)
+    except OSError as error:  # a full disk, a folder that may not be written
+        leave(f"{error.filename or 'output'}: {error.strerror or error}", 2, debug=debug)
+    except Exception as error:  # the outermost loop: ours, said in a line
+        leave(f"internal error: {type(error).__name__}: {error}; {DEBUG} shows where", 1, debug=debug)
+
+
+def leave(line: str, code: int, *, debug: bool) -> NoReturn:
+    """End with one line on stderr, or with the traceback of the error at hand."""
+    if debug:
+        sys.excepthook(*sys.exc_info())
+    else:
+        print("nemotron-h:", " ".join(line.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+def without_debug(arguments: list[str]) -> tuple[list[str], bool]:
+    """The arguments less --debug, wherever it stands before a `--`, and whether it did."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    kept = [argument for argument in arguments[:end] if argument != DEBUG]
+    return [*kept, *arguments[end:]], len(kept) < end

@@ -19,36 +19,33 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text (may be given several times).")] = None,
     precision: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on after an end token.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: text, or ids.")] = False,
 ) -> None:
     """Go on from a prompt, streaming."""
+    from nemotron_h.config.sampling import Sampling
     from nemotron_h.errors import RequestError
-    from nemotron_h.inference.load import load
-    from nemotron_h.inference.sampling import Sampling
 
     if sum(given is not None for given in (prompt, ids, prompt_file)) != 1:
         raise RequestError("prompt: must be given once, as PROMPT, --prompt-file or --ids; got none or several")
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    numbers = read_ids(ids) if ids is not None else None
-    text = read_prompt(prompt_file) if prompt_file is not None else prompt
-    model = load(path, precision=precision)
-    if numbers is None:
-        assert text is not None
-        numbers = model.prompt_ids(text)
-        if not as_json:
-            for piece in model.stream(
-                text, max_tokens=max_tokens, sampling=sampling, stop=stop or (), ignore_end=ignore_end
-            ):
-                print(piece, end="", flush=True)
-            print()
-            return
-    elif stop:
+    if ids is not None and stop:
         raise RequestError("stop: needs a text prompt; got --ids; cut the ids yourself")
-    new = list(model.tokens(numbers, max_tokens=max_tokens, sampling=sampling, ignore_end=ignore_end))
-    answer: dict[str, object] = {"ids": new}
-    if text is not None and model.tokenizer is not None:
-        answer["text"] = model.tokenizer.decode(new)
-    print(json.dumps(answer) if as_json else ",".join(map(str, new)))
+    numbers = read_ids(ids) if ids is not None else []
+    text = read_prompt(prompt_file) if prompt_file is not None else prompt or ""
+    from nemotron_h.inference.load import load  # after the checks: it imports torch
+
+    model = load(path, precision=precision)
+    if ids is not None:
+        new = list(model.tokens(numbers, max_tokens=max_tokens, sampling=sampling, ignore_end=ignore_end))
+        print(json.dumps({"ids": new}) if as_json else ",".join(map(str, new)))
+        return
+    pieces = model.stream(text, max_tokens=max_tokens, sampling=sampling, stop=stop or (), ignore_end=ignore_end)
+    if as_json:
+        print(json.dumps({"text": "".join(pieces)}))
+        return
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
 
 
 def read_ids(text: str) -> list[int]:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,14 +28,18 @@ def run(
     """Run a recipe; run again, it resumes what is unfinished and skips what is done."""
     from rich.console import Console
 
+    from nemotron_h.checkpoint.files import claimed
     from nemotron_h.config.recipe import read_recipe
 
-    chosen = read_recipe(recipe, [*(settings or []), *([f'name="{name}"'] if name else [])])
+    # a JSON string is a TOML string
+    chosen = read_recipe(recipe, [*(settings or []), *([f"name={json.dumps(name)}"] if name is not None else [])])
+    stages = picked(chosen, only or [], until)
     console = Console()
     folder = run_folder(runs / chosen.name, fresh=fresh)
+    console.print(f"{'run':<10} {folder}", markup=False, highlight=False, soft_wrap=True)
     with claimed(folder):
         remember(chosen, folder)
-        for stage in picked(chosen, only or [], until):
+        for stage in stages:
             perform(stage, chosen, folder, console)
         summarise(chosen, folder, console)
 
@@ -51,45 +55,23 @@ def run_folder(folder: Path, *, fresh: bool) -> Path:
     return folder
 
 
-def claimed(folder: Path):  # type: ignore[no-untyped-def]
-    """A lock on the folder, until closed. Raises: ConfigError where another process holds it."""
-    import fcntl
-
-    from nemotron_h.errors import ConfigError
-
-    file = (folder / ".lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError(f"{folder}: must not be in use; another process runs it; wait, or name another run") from None
-    return file
-
-
 def remember(recipe: "Recipe", folder: Path) -> None:
     """Write the settings; refuse to go on with others."""
     from nemotron_h.checkpoint.files import write_text
-    from nemotron_h.config.settings import to_mapping
+    from nemotron_h.config.settings import first_difference, to_mapping
     from nemotron_h.errors import ConfigError
 
-    path, ours = folder / "recipe.json", flat(to_mapping(recipe))
+    path, ours = folder / "recipe.json", to_mapping(recipe)
     if not path.exists():
-        write_text(path, json.dumps(to_mapping(recipe), indent=2) + "\n")
+        write_text(path, json.dumps(ours, indent=2) + "\n")
         return
-    theirs = flat(json.loads(path.read_text(encoding="utf-8")))
-    for key in sorted(set(ours) | set(theirs)):
-        if key != "name" and ours.get(key) != theirs.get(key):
-            raise ConfigError(
-                f"{key}: must stay {theirs.get(key)!r}, with which {folder} was begun; got {ours.get(key)!r}; "
-                "use --fresh, or --name for another run"
-            )
-
-
-def flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
-    """Nested tables as dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= flat(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
-    return found
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if changed := first_difference({**before, "name": ""}, {**ours, "name": ""}):
+        key, old, new = changed
+        raise ConfigError(
+            f"{key}: must stay {old!r}, with which {folder} was begun; got {new!r}; "
+            "use --fresh, or --name for another run"
+        )
 
 
 def picked(recipe: "Recipe", only: list[str], until: str | None) -> list[str]:
@@ -130,6 +112,7 @@ def perform(stage: str, recipe: "Recipe", folder: Path, console: "Console") -> N
 def summarise(recipe: "Recipe", folder: Path, console: "Console") -> None:
     """result.json, and the run's end as its reader sees it."""
     from nemotron_h.checkpoint.files import write_text
+    from nemotron_h.cli.summary import show_summary
 
     records = {
         stage: json.loads(path.read_text(encoding="utf-8"))
@@ -143,6 +126,4 @@ def summarise(recipe: "Recipe", folder: Path, console: "Console") -> None:
         "checkpoint": records.get("train", {}).get("checkpoint"),
     }
     write_text(folder / "result.json", json.dumps(result, indent=2) + "\n")
-    from nemotron_h.cli.summary import show_summary
-
     show_summary(records, folder, console)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from nemotron_h.config.train import TrainConfig
     from nemotron_h.training.loop import Trained
 
-INTERRUPTED = 130
+SIGNALLED = 128  # plus the signal's number: the exit code of what a signal ended
 
 
 def train(
@@ -34,6 +34,8 @@ def train(
     config = from_mapping(TrainConfig, overridden({}, settings or []))
     with Watch(Console(), "train") as watch:
         trained = run_training(model_config(model), config, data, validation, tokenizer, out, watch)
+        if trained.validation_targets:
+            watch.say(f"held-out loss {trained.validation_nats / trained.validation_targets:.4f}, of all windows")
         watch.say(f"checkpoint {trained.checkpoint}")
 
 
@@ -46,16 +48,18 @@ def run_training(
     out: Path,
     watch: "Watch",
 ) -> "Trained":
-    """Train and show it. Leaves with 130 where it was asked to stop: all is saved."""
-    from nemotron_h.data.batches import Batches, windows
+    """Train and show it. Leaves with 130 or 143 where a signal asked it to stop: all is saved."""
+    from nemotron_h.data.batches import Batches, count_windows, windows
     from nemotron_h.data.shards import Shard
     from nemotron_h.text.tokenizer import Tokenizer
     from nemotron_h.training.loop import Progress
     from nemotron_h.training.loop import train as run
+    from nemotron_h.training.pace import Pace
 
     shard = Shard(data)
     held_out = Shard(validation) if validation is not None else None
     learned = Tokenizer.load(tokenizer) if tokenizer is not None else None
+    pace = Pace(config, count_windows(held_out, config.sequence_length) if held_out else 0)
 
     def show(progress: Progress) -> None:
         rate = f"{progress.tokens_per_second:,.0f} tokens/s"
@@ -63,6 +67,9 @@ def run_training(
         watch.fraction(progress.step / progress.steps, note)
         if progress.validation_loss is not None:
             watch.say(f"{note}  held-out loss {progress.validation_loss:.4f}")
+        left = pace.add(progress.step, progress.seconds)
+        if left is not None:
+            watch.say(f"about {left:.0f} s to go")
 
     trained = run(
         model,
@@ -73,7 +80,7 @@ def run_training(
         tokenizer=learned,
         watch=show,
     )
-    if not trained.finished:
+    if trained.stopped_by is not None:
         watch.say(f"stopped at step {trained.step} of {config.steps}; saved; the same command goes on from there")
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(SIGNALLED + trained.stopped_by)
     return trained

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from nemotron_h.config.data import CorpusConfig
 from nemotron_h.config.model import ModelConfig
 from nemotron_h.config.presets import preset
+from nemotron_h.config.sampling import Sampling
 from nemotron_h.config.settings import Lenient, from_mapping, nearest, settings
 from nemotron_h.config.tokenizer import TokenizerConfig
 from nemotron_h.config.train import TrainConfig
@@ -28,6 +29,17 @@ class SamplesConfig:
     top_k: int = 0
     top_p: float = 0.95
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.prompts or len(set(self.prompts)) < len(self.prompts):
+            raise ConfigError(f"prompts: must be one or more, each once; got {list(self.prompts)}")
+        if self.max_tokens < 1:
+            raise ConfigError(f"max_tokens: must be 1 or above; got {self.max_tokens}")
+        self.sampling(0)
+
+    def sampling(self, number: int) -> Sampling:
+        """How the tokens after prompt `number` are drawn."""
+        return Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed + number)
 
 
 @settings
@@ -51,11 +63,12 @@ class Recipe:
     samples: SamplesConfig = SamplesConfig()
 
     def __post_init__(self) -> None:
-        for stage in (*self.stages, *self.limit_seconds):
-            if stage not in STAGES:
-                raise ConfigError(
-                    f"stages: must be made of known stages; got {stage!r}; {nearest(stage, list(STAGES))}"
-                )
+        for name, stages in (("stages", self.stages), ("limit_seconds", self.limit_seconds)):
+            for stage in stages:
+                if stage not in STAGES:
+                    raise ConfigError(f"{name}: must name known stages; got {stage!r}; {nearest(stage, list(STAGES))}")
+        if not self.stages or list(self.stages) != [stage for stage in STAGES if stage in self.stages]:
+            raise ConfigError(f"stages: must be some of {', '.join(STAGES)}, in that order; got {list(self.stages)}")
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ConfigError(f"name: must be the name of a folder under runs/; got {self.name!r}")
         vocab = self.model_config.vocab_size

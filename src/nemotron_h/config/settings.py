@@ -8,6 +8,7 @@ class Schedule:
 """
 
 import difflib
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast, dataclass_transform
 
@@ -54,6 +55,25 @@ def to_mapping(config: object) -> dict[str, Any]:
     """Plain values, as JSON has them: the inverse of `from_mapping`."""
     values: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
     return values
+
+
+def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first setting, by its dotted name, that differs between two mappings of plain values, with both values."""
+    # through JSON: one side has been, and tuples come back as lists
+    old, new = (flat(json.loads(json.dumps(values))) for values in (before, now))
+    changed = sorted(key for key in set(old) | set(new) if key not in old or key not in new or old[key] != new[key])
+    return (changed[0], old.get(changed[0]), new.get(changed[0])) if changed else None
+
+
+def flat(values: Any, before: str = "") -> dict[str, Any]:
+    """Nested tables, and lists of them, as dotted keys: `train.steps`, `model.layers.3.num_heads`."""
+    if isinstance(values, Mapping):
+        inner = list(values.items())
+    elif isinstance(values, list) and values and all(isinstance(value, Mapping) for value in values):
+        inner = list(enumerate(values))
+    else:
+        return {before: values}
+    return {key: value for name, part in inner for key, value in flat(part, f"{before}.{name}".strip(".")).items()}
 
 
 def nearest(name: str, known: list[str]) -> str:

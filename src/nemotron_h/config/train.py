@@ -1,5 +1,6 @@
 """Settings of a training run."""
 
+import math
 from enum import StrEnum
 from typing import Annotated
 
@@ -67,8 +68,12 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must be 1 or above; got {getattr(self, name)}")
         for name in ("learning_rate", "matrix_learning_rate", "epsilon", "clip_norm"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name}: must be above 0; got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}: must be above 0 and finite; got {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ConfigError(f"weight_decay: must be 0 or above, and finite; got {self.weight_decay}")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed: must lie in 0..2^63-1; got {self.seed}")
         for name in ("beta1", "beta2", "final_fraction", "warmup_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must lie in 0..1, 1 excluded; got {getattr(self, name)}")

@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 
 from nemotron_h.checkpoint.load import load as load_model
+from nemotron_h.config.sampling import Sampling
 from nemotron_h.errors import RequestError
 from nemotron_h.inference import naive
-from nemotron_h.inference.sampling import Sampling
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.text.stream import StopStrings, TextStream
 from nemotron_h.text.tokenizer import TOKENIZER_FILE, Tokenizer, check_fits
 
+GREEDY = Sampling()
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -33,32 +34,50 @@ class LanguageModel:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
+        ignore_end: bool = False,
     ) -> str:
         """The text that follows prompt, without it. It ends at an end token, at a stop string, or after max_tokens."""
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        return "".join(self.stream(prompt, max_tokens=max_tokens, sampling=sampling, stop=stop))
+        return "".join(self.stream(prompt, max_tokens=max_tokens, sampling=sampling, stop=stop, ignore_end=ignore_end))
 
     def stream(
-        self, prompt: str, *, max_tokens: int, sampling: Sampling, stop: Sequence[str] = (), ignore_end: bool = False
+        self,
+        prompt: str,
+        *,
+        max_tokens: int = 128,
+        sampling: Sampling = GREEDY,
+        stop: str | Sequence[str] = (),
+        ignore_end: bool = False,
     ) -> Iterator[str]:
-        """The same text as it comes, in whole characters. ignore_end: go on after an end token."""
+        """The same text as it comes, in whole characters. ignore_end: go on after an end token.
+
+        A vocabulary may be padded beyond the tokenizer's: ids that stand for no text are never drawn.
+        """
         tokenizer = self._tokenizer()
-        ids = self.prompt_ids(prompt)
-        stops, text = StopStrings(stop), TextStream(tokenizer)
-        new = self.tokens(ids, max_tokens=max_tokens, sampling=sampling, ignore_end=ignore_end)
+        stops, text = StopStrings([stop] if isinstance(stop, str) else stop), TextStream(tokenizer)
+        new = naive.tokens(
+            self.model,
+            self.prompt_ids(prompt),
+            max_tokens=max_tokens,
+            sampling=sampling,
+            ends=self._ends(ignore_end),
+            drawn_below=tokenizer.vocab_size,
+        )
         return _pieces(new, text, stops)
 
     def tokens(
-        self, ids: Sequence[int], *, max_tokens: int, sampling: Sampling, ignore_end: bool = False
+        self, ids: Sequence[int], *, max_tokens: int = 128, sampling: Sampling = GREEDY, ignore_end: bool = False
     ) -> Iterator[int]:
-        """The tokens that follow ids, one by one."""
-        ends = () if ignore_end else self.model.config.eos_token_ids
-        return naive.tokens(self.model, ids, max_tokens=max_tokens, sampling=sampling, ends=ends)
+        """The tokens that follow ids, one by one, of the model's whole vocabulary."""
+        return naive.tokens(self.model, ids, max_tokens=max_tokens, sampling=sampling, ends=self._ends(ignore_end))
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """A prompt as the model was trained to read one: its documents begin with the begin-of-text token."""
         return [self.model.config.bos_token_id, *self._tokenizer().encode(prompt)]
+
+    def _ends(self, ignored: bool) -> tuple[int, ...]:
+        return () if ignored else self.model.config.eos_token_ids
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

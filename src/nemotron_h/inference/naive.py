@@ -5,12 +5,14 @@ the bit, at any size of the prompt's portions.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral
 
 import torch
 
+from nemotron_h.config.sampling import Sampling
 from nemotron_h.errors import RequestError
 from nemotron_h.grid import ROWS
-from nemotron_h.inference.sampling import Sampler, Sampling
+from nemotron_h.inference.sampling import Sampler
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.model.state import State
 
@@ -18,20 +20,29 @@ PORTION = 512  # tokens of a prompt read at a time: what they need in between st
 
 
 def tokens(
-    model: Hybrid, prompt: Sequence[int], *, max_tokens: int, sampling: Sampling, ends: Iterable[int] = ()
+    model: Hybrid,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int,
+    sampling: Sampling,
+    ends: Iterable[int] = (),
+    drawn_below: int | None = None,
 ) -> Iterator[int]:
-    """New tokens one by one, at most max_tokens, up to and without one of `ends`. Checks before the first."""
+    """New tokens one by one, at most max_tokens, up to and without one of `ends`. Checks before the first.
+
+    drawn_below: only ids under it are drawn; None: all.
+    """
     check(model, prompt, max_tokens)
-    return _tokens(model, prompt, max_tokens, Sampler(sampling), frozenset(ends))
+    return _tokens(model, prompt, max_tokens, Sampler(sampling), frozenset(ends), drawn_below)
 
 
 def _tokens(
-    model: Hybrid, prompt: Sequence[int], max_tokens: int, sampler: Sampler, ends: frozenset[int]
+    model: Hybrid, prompt: Sequence[int], max_tokens: int, sampler: Sampler, ends: frozenset[int], limit: int | None
 ) -> Iterator[int]:
     state = model.empty_state(1)
     unread = list(prompt)
     for _ in range(max_tokens):
-        token = sampler.draw(next_logits(model, unread, state))
+        token = sampler.draw(next_logits(model, unread, state)[:limit])
         if token in ends:
             return
         yield token
@@ -54,19 +65,21 @@ def next_logits(model: Hybrid, unread: Sequence[int], state: State) -> torch.Ten
 @torch.no_grad()
 def recomputed(model: Hybrid, prompt: Sequence[int], *, max_tokens: int, sampling: Sampling) -> list[int]:
     """The same tokens from the whole sequence, read anew for each: what every faster way must equal."""
+    check(model, prompt, max_tokens)
     sampler, ids = Sampler(sampling), list(prompt)
+    device = model.head_weight.device
     for _ in range(max_tokens):
-        ids.append(sampler.draw(model(torch.tensor([ids]))[0, -1]))
+        ids.append(sampler.draw(model(torch.tensor([ids], device=device))[0, -1]))
     return ids[len(prompt) :]
 
 
 def check(model: Hybrid, prompt: Sequence[int], max_tokens: int) -> None:
     """Refuse what cannot be generated from, by name."""
-    if not prompt:
+    if not len(prompt):
         raise RequestError("prompt: must hold at least one token; got none")
     vocab = model.config.vocab_size
     for place, token in enumerate(prompt):
-        if not 0 <= token < vocab:
-            raise RequestError(f"ids: must lie in 0..{vocab - 1}; got {token} at place {place}")
+        if not isinstance(token, Integral) or not 0 <= token < vocab:
+            raise RequestError(f"ids: must be integers in 0..{vocab - 1}; got {token!r} at place {place}")
     if max_tokens < 1:
         raise RequestError(f"max_tokens: must be 1 or above; got {max_tokens}")

@@ -1,35 +1,10 @@
 """Which token comes next, from its logits: greedy, or drawn after temperature, top-k and top-p, in that order."""
 
-import dataclasses
-import math
-
 import torch
 from torch import Tensor
 
+from nemotron_h.config.sampling import Sampling
 from nemotron_h.errors import RequestError
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How a request's tokens are drawn. temperature 0 takes the likeliest token, whatever the rest says.
-
-    top_k 0 and top_p 1 leave all tokens in. The same seed gives the same draws.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise RequestError(f"temperature: must be 0 or above; got {self.temperature}")
-        if self.top_k < 0:
-            raise RequestError(f"top_k: must be 0 (all) or above; got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise RequestError(f"top_p: must lie above 0 and not above 1; got {self.top_p}")
-        if not 0 <= self.seed < 2**63:
-            raise RequestError(f"seed: must lie in 0..2^63-1; got {self.seed}")
 
 
 class Sampler:
@@ -54,10 +29,11 @@ class Sampler:
 def distribution(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Probabilities that add up to 1, likeliest first, float64, and their tokens: what is left to draw from."""
     # stable: tokens of equal logits keep their order, so a seed means the same draw everywhere
-    ordered, tokens = torch.sort(logits.double().cpu() / sampling.temperature, descending=True, stable=True)
+    ordered, tokens = torch.sort(logits.double().cpu(), descending=True, stable=True)
     if sampling.top_k:
         ordered, tokens = ordered[: sampling.top_k], tokens[: sampling.top_k]
-    probabilities = ordered.softmax(0)
+    # less the largest before the division: a small temperature overflows to -inf, never to NaN
+    probabilities = ((ordered - ordered[0]) / sampling.temperature).softmax(0)
     if sampling.top_p < 1:
         before = probabilities.cumsum(0) - probabilities
         count = max(1, int((before < sampling.top_p).sum()))

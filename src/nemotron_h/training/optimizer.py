@@ -11,8 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from nemotron_h.config.train import Optimizer, TrainConfig
+from nemotron_h.errors import CheckpointError
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "step", "momentum_buffer")
+# What each optimizer remembers of a parameter after its first step.
+MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
+    torch.optim.Muon: ("momentum_buffer",),
+}
 
 
 def optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -75,12 +80,24 @@ def state_tensors(model: nn.Module, made: Iterable[torch.optim.Optimizer]) -> di
     }
 
 
-def load_state_tensors(model: nn.Module, made: Iterable[torch.optim.Optimizer], tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of `state_tensors`: tensors of other names are passed over."""
-    parameters = dict(model.named_parameters())
-    owners = {p: optimizer for optimizer in made for group in optimizer.param_groups for p in group["params"]}
-    for key, value in tensors.items():
-        moment, _, name = key.partition(".")
-        if moment in MOMENTS and name in parameters:
-            parameter = parameters[name]
-            owners[parameter].state[parameter][moment] = value
+def load_state_tensors(
+    model: nn.Module, made: Iterable[torch.optim.Optimizer], tensors: Mapping[str, Tensor], *, stepped: bool
+) -> None:
+    """The inverse of `state_tensors`, which has nothing before the first step.
+
+    Raises: CheckpointError where a tensor is missing, is of another shape, or belongs to no parameter.
+    """
+    names = {p: name for name, p in model.named_parameters()}
+    unused = dict(tensors)
+    for optimizer in made if stepped else ():
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            for moment in MOMENTS[type(optimizer)]:
+                key = f"{moment}.{names[parameter]}"
+                shape = () if moment == "step" else tuple(parameter.shape)
+                value = unused.pop(key, None)
+                if value is None or tuple(value.shape) != shape:
+                    got = "none" if value is None else f"shape {tuple(value.shape)}"
+                    raise CheckpointError(f"{key}: must have shape {shape}; got {got}; is the checkpoint damaged?")
+                optimizer.state[parameter][moment] = value
+    if unused:
+        raise CheckpointError(f"{min(unused)}: belongs to no parameter of this run; is it of another optimizer?")

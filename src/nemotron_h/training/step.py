@@ -24,6 +24,10 @@ class StepResult:
 
 def next_token_loss(model: Hybrid, batch: Batch) -> tuple[Tensor, int]:
     """Cross-entropy of each token after the ones before it in its document."""
+    vocab, lowest, highest = model.config.vocab_size, batch.inputs.min(), max(batch.inputs.max(), batch.targets.max())
+    if lowest < 0 or highest >= vocab:
+        got = lowest if lowest < 0 else highest
+        raise DataError(f"tokens: must lie in 0..{vocab - 1}; got {got}; take the shard of the model's own tokenizer")
     device = model.head_weight.device
     tokens, targets, documents = (
         torch.from_numpy(array).to(device) for array in (batch.inputs, batch.targets, batch.documents)
