@@ -118,18 +118,25 @@ class Segments:
         )
 
     @cached_property
+    def query_counts(self) -> Tensor:
+        """(num_chunks,) int64: new rows of each chunk."""
+        return torch.bincount(self.places // CHUNK, minlength=self.num_chunks)
+
+    @cached_property
     def queries(self) -> int:
         """Places of a chunk for which outputs are computed: CHUNK, or fewer when no chunk has more new rows."""
-        counts = torch.bincount(self.places // CHUNK, minlength=self.num_chunks)
-        return min(CHUNK, round_up(int(counts.max()), ROWS))
+        return min(CHUNK, round_up(int(self.query_counts.max()), ROWS))
 
     @cached_property
     def query_begins(self) -> Tensor:
         """(num_chunks,) int64: the place of each chunk's first query."""
+        return self.new_begins if self.queries < CHUNK else torch.zeros_like(self.new_begins)
+
+    @cached_property
+    def new_begins(self) -> Tensor:
+        """(num_chunks,) int64: the place of each chunk's first new row."""
         begins = torch.zeros(self.num_chunks, dtype=torch.int64)
-        if self.queries < CHUNK:
-            first = torch.tensor(self.chunk_begins)
-            begins[first] = torch.tensor(self.carried).clamp(max=CHUNK - 1)
+        begins[torch.tensor(self.chunk_begins)] = torch.tensor(self.carried).clamp(max=CHUNK - 1)
         return begins
 
     @cached_property

@@ -19,11 +19,13 @@ Source: Dao and Gu 2024, arXiv:2405.21060, section 6 for the chunked form.
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from nemotron_h.errors import ShapeError
 from nemotron_h.grid import CHUNK
-from nemotron_h.ops.jit import decay as jit
+from nemotron_h.ops.jit import ssd as jit
 from nemotron_h.ops.jit.scalars import array, runs
 from nemotron_h.ops.segments import Segments
 from nemotron_h.ops.shapes import expect
@@ -60,33 +62,106 @@ def ssd(
     """
     c, h, _, p = x.shape
     g, m, n = C.shape[1:]
-    r = h // g
     expect(x, "x", (segments.num_chunks, h, CHUNK, p))
     expect(dt, "dt", (c, CHUNK, h), torch.float32)
     expect(A, "A", (h,), torch.float32)
-    expect(B, "B", (c, g, CHUNK, n))
+    expect(B, "B", (c, g, CHUNK, n), C.dtype)
     expect(C, "C", (c, g, segments.queries, n))
-
+    if boundary is not None:
+        expect(boundary, "boundary", (len(segments), h, p, n), torch.float32)
     # float64: a running sum's bits must not depend on where the call began
     a = (dt.double() * A.double()).cumsum(1).float().transpose(1, 2).contiguous()  # (c, h, CHUNK)
-    xdt = (x.float() * dt.transpose(1, 2)[..., None]).contiguous()  # (c, h, CHUNK, p)
+    dt = dt.transpose(1, 2).contiguous()
+    if not runs(x, B, C):
+        return ssd_torch(x, dt, a, B, C, segments, boundary)
+    if (boundary is not None or m < CHUNK) and x.requires_grad:
+        raise ShapeError("boundary: must be None where gradients are wanted; training passes no state")
+    y, after = _Ssd.apply(x, dt, a, B, C, segments, boundary)  # type: ignore[no-untyped-call]
+    return y, after
+
+
+def ssd_torch(
+    x: Tensor, dt: Tensor, a: Tensor, B: Tensor, C: Tensor, segments: Segments, boundary: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The same as matrix products in torch: where there is no kernel, and beside the kernel in tests.
+
+    dt (c, h, CHUNK); a (c, h, CHUNK), the running sum of dt A; the rest as in `ssd`.
+    """
+    c, h, _, p = x.shape
+    g, m, n = C.shape[1:]
+    xdt = (x.float() * dt[..., None]).contiguous()  # (c, h, CHUNK, p)
     B = B.float().contiguous().view(c * g, CHUNK, n)
     C = C.float().contiguous().view(c * g, m, n)
-
-    places = segments.query_places
-    a_queries = a
-    if m < CHUNK:
-        a_queries = a.gather(2, places.to(x.device)[:, None].expand(c, h, m))  # (c, h, m)
-    scores = torch.bmm(C, B.transpose(1, 2))  # (c g, m, CHUNK)
-    mixed = decayed(scores, a_queries.reshape(c * h, m), a.view(c * h, CHUNK), places)
+    places = segments.query_places.to(x.device)[:, None].expand(c, h, m)
+    a_queries = a.gather(2, places)  # (c, h, m)
+    later = torch.arange(CHUNK, device=x.device) > places[..., None]  # (c, h, m, CHUNK)
+    decay = (a_queries[..., None] - a[..., None, :]).masked_fill(later, -torch.inf).exp()
+    scores = torch.bmm(C, B.transpose(1, 2)).view(c, g, 1, m, CHUNK)
+    mixed = (scores * decay.view(c, g, h // g, m, CHUNK)).view(c * h, m, CHUNK)
     y = torch.bmm(mixed, xdt.view(c * h, CHUNK, p)).view(c, h, m, p)
 
     before, after = _boundaries(xdt, a, B, segments, boundary)
     if before is not None:
-        read = torch.bmm(C, before.reshape(c * g, r * p, n).transpose(1, 2))  # (c g, m, r p)
-        read = read.view(c, g, m, r, p).transpose(2, 3).reshape(c, h, m, p)
+        read = torch.bmm(C, before.reshape(c * g, h // g * p, n).transpose(1, 2))  # (c g, m, r p)
+        read = read.view(c, g, m, h // g, p).transpose(2, 3).reshape(c, h, m, p)
         y = y + read * a_queries.exp()[..., None]
     return y, after
+
+
+class _Ssd(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dt: Tensor, a: Tensor, B: Tensor, C: Tensor, segments: Segments, boundary: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        c, h, _, p = x.shape
+        g, m, n = C.shape[1:]
+        x, C = x.contiguous().view(-1, p), C.contiguous().view(-1, n)
+        B = B.transpose(2, 3).contiguous().view(-1, CHUNK)  # (c g n, CHUNK)
+        dt, a = dt.view(-1, CHUNK), a.view(-1, CHUNK)
+        first, counts = (np.array(t) for t in (segments.chunk_begins, segments.chunks))
+        start = None if boundary is None else boundary.transpose(2, 3).contiguous().view(-1, p)  # (s h n, p)
+        before = start if start is not None else torch.empty(0, p)
+        after = None
+        if max(segments.chunks) > 1:
+            added, before = torch.empty(c * h * n, p), torch.empty(c * h * n, p)
+            jit.writes(array(x), array(dt), array(a), array(B), h // g, array(added))
+            start = torch.zeros(len(segments) * h * n, p) if start is None else start.clone()
+            jit.pass_on(array(added), array(a), first, counts, h, array(start), array(before))
+            after = start.view(-1, h, n, p).transpose(2, 3)
+        y = torch.empty(c, h, m, p)
+        jit.outputs(
+            array(x), array(dt), array(a), array(B), array(C), array(before), h // g,
+            segments.query_begins.numpy(), segments.new_begins.numpy(), segments.query_counts.numpy(),
+            array(y.view(-1, p)),
+        )  # fmt: skip
+        ctx.save_for_backward(x, dt, a, B, C, before)
+        ctx.shape, ctx.chunks = (c, h, g, n), (first, counts)
+        if after is not None:
+            ctx.mark_non_differentiable(after)
+        return y, after
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, dt, a, B, C, before = ctx.saved_tensors
+        (c, h, g, n), p = ctx.shape, x.shape[1]
+        by_y = grad.contiguous().view(-1, p)
+        by_x, by_B, by_C = torch.empty_like(x), torch.empty(B.shape), torch.empty(C.shape)
+        by_dt, by_a = torch.zeros_like(dt), torch.zeros_like(a)
+        by_writes = torch.empty_like(before)
+        if len(before):
+            jit.states_gradient(array(a), array(C), array(by_y), h // g, array(by_writes))
+            jit.pass_back(array(before), array(a), *ctx.chunks, h, array(by_writes), array(by_a))
+        inputs = (array(t) for t in (x, dt, a, B, C, before, by_writes, by_y))
+        jit.gradient(*inputs, h // g, *(array(t) for t in (by_x, by_dt, by_a, by_B, by_C)))
+        return (
+            by_x.view(c, h, CHUNK, p),
+            by_dt.view(c, h, CHUNK),
+            by_a.view(c, h, CHUNK),
+            by_B.view(c, g, n, CHUNK).transpose(2, 3).to(B.dtype),
+            by_C.view(c, g, CHUNK, n).to(C.dtype),
+            None,
+            None,
+        )
 
 
 def settled(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, boundary: Tensor) -> Tensor:
@@ -96,42 +171,6 @@ def settled(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, boundary: Tensor) -> Te
     """
     a = (dt.double() * A.double()).cumsum(1).float().transpose(1, 2)
     return _moved(x.float() * dt.transpose(1, 2)[..., None], a, B.float(), boundary)
-
-
-def decayed(scores: Tensor, a_queries: Tensor, a: Tensor, places: Tensor) -> Tensor:
-    """scores_ij exp(a_i - a_j) for places j not after query i, else 0: (c h, m, CHUNK).
-
-    scores (c g, m, CHUNK), a_queries (c h, m), a (c h, CHUNK) float32, places (c, m) int64.
-    """
-    if runs(scores):
-        return _Decayed.apply(scores, a_queries, a, places)  # type: ignore[no-any-return,no-untyped-call]
-    return decayed_torch(scores, a_queries, a, places)
-
-
-def decayed_torch(scores: Tensor, a_queries: Tensor, a: Tensor, places: Tensor) -> Tensor:
-    """The same in torch: where there is no kernel, and beside the kernel in tests."""
-    heads, groups = len(a) // len(places), len(scores) // len(places)
-    later = (torch.arange(CHUNK) > places[..., None]).repeat_interleave(heads, 0).to(a.device)  # (c h, m, CHUNK)
-    decay = (a_queries[..., None] - a[:, None]).masked_fill(later, -torch.inf).exp()
-    return scores.repeat_interleave(heads // groups, 0) * decay
-
-
-class _Decayed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, scores: Tensor, a_queries: Tensor, a: Tensor, places: Tensor) -> Tensor:
-        mixed = torch.empty(len(a), *scores.shape[1:])
-        jit.forward(array(scores), array(a_queries), array(a), places.numpy(), array(mixed))
-        ctx.save_for_backward(scores, a_queries, a)
-        ctx.places = places
-        return mixed
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        scores, a_queries, a = ctx.saved_tensors
-        grads = [torch.zeros_like(t) for t in (scores, a_queries, a)]
-        inputs = (array(t) for t in (scores, a_queries, a))
-        jit.backward(*inputs, ctx.places.numpy(), array(grad.contiguous()), *(array(t) for t in grads))
-        return grads[0], grads[1], grads[2], None
 
 
 def _boundaries(
@@ -147,10 +186,14 @@ def _boundaries(
     state = boundary if boundary is not None else xdt.new_zeros(len(counts), h, p, n)
     gains, writes = a[..., -1].exp(), _writes(xdt, a, B.view(c, g, CHUNK, n))
     if len(set(counts)) == 1:
-        gains, writes = gains.view(-1, longest, h, 1, 1), writes.view(-1, longest, h, p, n)
         steps = [state]
-        for step in range(longest - 1):
-            state = state * gains[:, step] + writes[:, step]
+        # unbind: the gradient of slicing one step at a time would fill a whole tensor for each
+        for gain, write in zip(
+            gains.view(-1, longest, h, 1, 1).unbind(1)[:-1],
+            writes.view(-1, longest, h, p, n).unbind(1)[:-1],
+            strict=True,
+        ):
+            state = state * gain + write
             steps.append(state)
         return torch.stack(steps, 1).view(c, h, p, n), state
     befores, afters = [], []

@@ -59,6 +59,23 @@ def inline(function: Callable[..., Any]) -> Any:
     return function if numba is None else numba.njit(inline="always", error_model="numpy")(function)
 
 
+def contracted(function: Callable[..., None]) -> Callable[..., None]:
+    """A kernel in which a multiplication and the addition after it round once."""
+    if numba is None:
+        return function
+    compiled: Callable[..., None] = numba.njit(parallel=True, error_model="numpy", cache=True, fastmath={"contract"})(
+        function
+    )
+    return compiled
+
+
+def contracted_inline(function: Callable[..., Any]) -> Any:
+    """A piece of such a kernel."""
+    return (
+        function if numba is None else numba.njit(inline="always", error_model="numpy", fastmath={"contract"})(function)
+    )
+
+
 if numba is not None:
 
     @intrinsic  # type: ignore[untyped-decorator]
