@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def distance(got: Tensor, want: Tensor) -> float:
-    """The largest difference over the largest value wanted. A NaN or an infinity that is not wanted is infinitely far."""
+    """The largest difference over the largest value wanted. What is not finite is infinitely far."""
     assert got.shape == want.shape, (got.shape, want.shape)
     if not got.isfinite().all():
         return float("inf")

@@ -1,0 +1,76 @@
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nemotron_h.ops.jit import scalars
+
+numba = pytest.importorskip("numba")
+
+
+@numba.njit
+def _exps(x: Any, out: Any) -> None:
+    for i in range(len(x)):
+        out[i] = scalars.exp(x[i])
+
+
+@numba.njit
+def _narrowed(x: Any, out: Any) -> None:
+    for i in range(len(x)):
+        out[i] = scalars.to_bfloat16(x[i])
+
+
+@numba.njit
+def _widened(x: Any, out: Any) -> None:
+    for i in range(len(x)):
+        out[i] = scalars.from_bfloat16(x[i])
+
+
+def test_exp_is_within_two_units_in_the_last_place() -> None:
+    x = np.linspace(-87.3, 88.3, 400_001, dtype=np.float32)
+    got = np.empty_like(x)
+    _exps(x, got)
+    want = np.exp(x.astype(np.float64))
+    assert np.max(np.abs(got - want) / np.spacing(want.astype(np.float32))) <= 2
+
+
+def test_exp_is_clamped_where_float32_ends() -> None:
+    x = np.array([-1e9, -1000, -88, 89, 1e9], np.float32)
+    got = np.empty_like(x)
+    _exps(x, got)
+    assert np.isfinite(got).all()
+    assert (got[:3] < 2e-38).all()
+    assert (got[3:] > 2e38).all()
+
+
+def test_bfloat16_rounds_as_torch_does() -> None:
+    bits = torch.arange(0, 2**32, 65_537 // 3, dtype=torch.int64).to(torch.int32)
+    ties = (torch.arange(2**15, dtype=torch.int32) << 16) + 0x8000  # halfway between two neighbours
+    x = torch.cat((bits, ties)).view(torch.float32)
+    x = x[x.isfinite()]
+    got = np.empty(len(x), np.uint16)
+    _narrowed(x.numpy(), got)
+    assert np.array_equal(got, x.bfloat16().view(torch.uint16).numpy())
+
+
+def test_every_bfloat16_widens_exactly() -> None:
+    bits = np.arange(2**16, dtype=np.uint16)
+    want = torch.from_numpy(bits).view(torch.bfloat16).float()
+    got = np.empty(len(bits), np.float32)
+    _widened(bits, got)
+    real = ~want.isnan().numpy()
+    assert np.array_equal(got[real], want.numpy()[real])
+    assert np.isnan(got[~real]).all()
+
+
+def test_kernels_run_on_cpu_floats_and_say_once_when_they_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    float32, bfloat16 = torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16)
+    assert scalars.runs(float32, bfloat16)
+    assert not scalars.runs(float32, float32.double())
+    assert not scalars.runs(float32.to("meta"))
+    monkeypatch.setattr(scalars, "numba", None)
+    scalars._said_once.cache_clear()
+    with pytest.warns(UserWarning, match="numba is not installed: the torch definitions run"):
+        assert not scalars.runs(float32)
+    assert not scalars.runs(float32)  # said once: a second warning would be an error here

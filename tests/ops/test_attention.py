@@ -1,0 +1,167 @@
+"""Letters as in ops/attention.py."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from nemotron_h.errors import ShapeError
+from nemotron_h.grid import BLOCK
+from nemotron_h.ops.attention import Blocks, attention_blocks, attention_definition, attention_whole, rotate
+from nemotron_h.ops.segments import Segments
+from tests.compare import assert_near, double, seeded
+
+LENGTHS = [1, 63, 64, 65, 127, 128, 129, 255, 256, 257, 307, 1000]
+F, KV, D = 6, 2, 16
+# float32: an exp and a sum over the keys. bfloat16: eight bits in the operator's weights, and the output
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-6}
+
+
+def random(length: int, seed: int, dtype: torch.dtype = torch.float32, heads: int = F) -> tuple[Tensor, Tensor, Tensor]:
+    """q (l, f, d), k and v (l, kv, d) of one sequence."""
+    generator = seeded(seed)
+    return (
+        torch.randn(length, heads, D, generator=generator).to(dtype),
+        torch.randn(length, KV, D, generator=generator).to(dtype),
+        torch.randn(length, KV, D, generator=generator).to(dtype),
+    )
+
+
+def in_blocks(k: Tensor, v: Tensor) -> Blocks:
+    """Keys and values (l, kv, d) as blocks with zeros beyond the last one."""
+
+    def blocks(t: Tensor) -> Tensor:
+        count = -(-len(t) // BLOCK)
+        padded = torch.cat((t, t.new_zeros(count * BLOCK - len(t), *t.shape[1:])))
+        return padded.view(count, BLOCK, *t.shape[1:]).transpose(1, 2).contiguous()
+
+    return list(zip(blocks(k), blocks(v), strict=True))
+
+
+def by_blocks(sequences: list[tuple[Tensor, Tensor, Tensor]], starts: list[int]) -> list[Tensor]:
+    """Each sequence's queries from its start on, in one call."""
+    segments = Segments(
+        tuple(starts), tuple(len(q) - start for (q, _, _), start in zip(sequences, starts, strict=True))
+    )
+    flat = torch.cat([q[start:] for (q, _, _), start in zip(sequences, starts, strict=True)])
+    q = torch.cat((flat, torch.ones(segments.rows - segments.tokens, *flat.shape[1:], dtype=flat.dtype)))
+    out = attention_blocks(q, segments, [in_blocks(k, v) for _, k, v in sequences])
+    assert out.dtype == q.dtype
+    assert (out[segments.tokens :] == 0).all()
+    return [out[begin : begin + length] for begin, length in zip(segments.begins, segments.lengths, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_blocks_and_whole_equal_the_definition(length: int, dtype: torch.dtype) -> None:
+    q, k, v = random(length, seed=length, dtype=dtype)
+    want = attention_definition(q.double(), k.double(), v.double())
+    (got,) = by_blocks([(q, k, v)], [0])
+    assert_near(got, want, ROUNDING[dtype])
+    segments = Segments((0,), (length,))
+    padded = [torch.cat((t, t.new_ones(segments.rows - length, *t.shape[1:]))) for t in (q, k, v)]
+    assert_near(attention_whole(*padded, segments)[:length], want, ROUNDING[dtype])
+
+
+def test_the_last_queries_of_a_long_past() -> None:
+    q, k, v = random(4096, seed=1)
+    want = attention_definition(q[-300:].double(), k.double(), v.double(), start=3796)
+    (got,) = by_blocks([(q, k, v)], [3796])
+    assert_near(got, want, ROUNDING[torch.float32])
+
+
+@pytest.mark.parametrize("starts", [[0, 0, 0], [1, 255, 700], [256, 600, 0], [511, 512, 513]])
+def test_ragged_segments_with_a_past_of_several_blocks(starts: list[int]) -> None:
+    sequences = [random(start + new, seed=i) for i, (start, new) in enumerate(zip(starts, (1, 300, 64), strict=True))]
+    for got, (q, k, v), start in zip(by_blocks(sequences, starts), sequences, starts, strict=True):
+        want = attention_definition(q[start:].double(), k.double(), v.double(), start=start)
+        assert_near(got, want, ROUNDING[torch.float32])
+
+
+@pytest.mark.parametrize("heads", [2, 6, 10])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_query_alone_has_the_bits_of_the_whole(dtype: torch.dtype, heads: int) -> None:
+    q, k, v = random(530, seed=2, dtype=dtype, heads=heads)
+    (whole,) = by_blocks([(q, k, v)], [0])
+    for place in (0, 1, 2, 63, 64, 254, 255, 256, 257, 511, 512, 529):
+        (alone,) = by_blocks([(q[: place + 1], k[: place + 1], v[: place + 1])], [place])
+        assert torch.equal(alone[0], whole[place]), place
+
+
+@pytest.mark.parametrize("place", [0, 1, 255, 256, 299])
+def test_no_query_reads_a_later_key(place: int) -> None:
+    q, k, v = random(300, seed=3)
+    others = random(300, seed=4)
+    changed = [t.clone() for t in (q, k, v)]
+    for t, other in zip(changed, others, strict=True):
+        t[place] = other[place] * 5
+    segments = Segments((0,), (300,))
+    for run in (lambda *t: by_blocks([t], [0])[0], lambda *t: attention_whole(*t, segments)):
+        before, after = run(q, k, v), run(*changed)
+        assert torch.equal(before[:place], after[:place])
+        assert not torch.equal(before[place], after[place])
+
+
+@pytest.mark.parametrize("lengths", [(1,), (65,), (300,), (64, 64, 64), (60, 60), (1, 130, 7)])
+def test_gradients_equal_the_definitions(lengths: tuple[int, ...]) -> None:
+    segments = Segments((0,) * len(lengths), lengths)
+    leaves = [t.requires_grad_() for t in random(segments.rows, seed=5)]
+    factor = torch.randn(segments.tokens, F, D, generator=seeded(6))
+    out = attention_whole(*leaves, segments)
+    assert len(out) == segments.rows
+    got = torch.autograd.grad((out[: segments.tokens] * factor).sum(), leaves)
+    exact = [double(t) for t in leaves]
+    parts = [
+        attention_definition(*(t[begin : begin + length] for t in exact))
+        for begin, length in zip(segments.begins, lengths, strict=True)
+    ]
+    want = torch.autograd.grad((torch.cat(parts) * factor).sum(), exact)
+    for name, value, exact_value in zip("qkv", got, want, strict=True):
+        # a query of one key has no gradient: what is left there is rounding beside the others
+        assert_near(value, exact_value, 5e-6, name) if exact_value.abs().max() > 0 else None
+        assert (value[segments.tokens :] == 0).all()
+
+
+def test_scores_too_large_for_exp() -> None:
+    q, k, v = random(300, seed=7)
+    want = attention_definition(q.double() * 100, k.double() * 10, v.double())
+    (got,) = by_blocks([(q * 100, k * 10, v)], [0])
+    # scores reach 10,000: their own rounding is an exponent's error
+    assert_near(got, want, 2e-3)
+
+
+def test_keys_of_another_dtype_or_size_are_refused() -> None:
+    q, k, v = random(5, seed=8)
+    segments = Segments((0,), (5,))
+    q = torch.cat((q, torch.zeros(3, F, D)))
+    with pytest.raises(ShapeError, match=r"^keys of a block: must be"):
+        attention_blocks(q, segments, [in_blocks(k.bfloat16(), v.bfloat16())])
+    with pytest.raises(ShapeError, match=r"^keys of a block: must have shape"):
+        attention_blocks(q, segments, [[(k.transpose(0, 1), v.transpose(0, 1))]])
+
+
+@pytest.mark.parametrize(("width", "base"), [(16, 10_000.0), (8, 500_000.0), (2, 100.0)])
+def test_rotation_equals_its_definition(width: int, base: float) -> None:
+    """Channel pairs (i, i + width / 2) as complex numbers, turned by position * base^(-2 i / width)."""
+    x = torch.randn(7, F, D, generator=seeded(9))
+    positions = torch.tensor([0, 1, 2, 63, 1000, 131_071, 2**20])
+    got = rotate(x, positions, base, width)
+    half = width // 2
+    pairs = torch.complex(x[..., :half].double(), x[..., half:width].double())
+    speeds = torch.tensor([base ** (-2 * i / width) for i in range(half)], dtype=torch.float64)
+    turned = pairs * torch.exp(1j * positions[:, None, None] * speeds)
+    want = torch.cat((turned.real, turned.imag, x[..., width:].double()), dim=-1)
+    assert_near(got, want, 1e-6)
+    assert torch.equal(got[0], x[0])
+    assert torch.equal(got[..., width:], x[..., width:])
+    assert rotate(x.bfloat16(), positions, base, width).dtype == torch.bfloat16
+
+
+def test_rotated_products_depend_on_the_distance_alone() -> None:
+    q, k, _ = random(1, seed=10)
+    scores = []
+    for first in (0, 5, 1000, 100_000):
+        at = torch.tensor([first + 37])
+        scores.append((rotate(q, at, 1e4, D)[0, 0] @ rotate(k, torch.tensor([first]), 1e4, D)[0, 0]).item())
+    assert max(scores) - min(scores) < 1e-5 * math.sqrt(D)

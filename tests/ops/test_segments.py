@@ -1,0 +1,82 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemotron_h.errors import ShapeError
+from nemotron_h.grid import CHUNK, ROWS
+from nemotron_h.ops.segments import Segments
+
+SHAPES = st.lists(st.tuples(st.integers(0, 300), st.integers(1, 200)), min_size=1, max_size=6)
+
+
+def of(pairs: list[tuple[int, int]]) -> Segments:
+    return Segments(tuple(start for start, _ in pairs), tuple(length for _, length in pairs))
+
+
+@given(SHAPES)
+def test_every_row_stands_where_its_sequence_puts_it(pairs: list[tuple[int, int]]) -> None:
+    segments = of(pairs)
+    assert segments.rows % ROWS == 0
+    assert 0 <= segments.rows - sum(length for _, length in pairs) < ROWS
+    row = 0
+    positions, chunk_at = segments.positions(torch.device("cpu")).tolist(), 0
+    for index, (start, length) in enumerate(pairs):
+        boundary = (start - 1) // CHUNK * CHUNK if start else 0  # where the chunk at hand begins
+        for offset in range(length):
+            position = start + offset
+            place = chunk_at * CHUNK + position - boundary
+            assert segments.owners[row] == index
+            assert segments.offsets[row] == offset
+            assert positions[row] == position
+            assert segments.places[row] == place
+            assert segments.query_places[place // CHUNK, segments.query_of_row[row] % segments.queries] == place % CHUNK
+            row += 1
+        assert segments.last_rows[index] == row - 1
+        assert segments.carried[index] == start - boundary
+        chunk_at += -(-(start + length - boundary) // CHUNK)
+    assert segments.num_chunks == chunk_at
+    assert (segments.offsets[row:] == -1).all()
+
+
+@given(SHAPES)
+def test_spread_then_collect_gives_the_rows_back(pairs: list[tuple[int, int]]) -> None:
+    segments = of(pairs)
+    values = torch.arange(1.0, segments.rows + 1)[:, None].expand(-1, 2).contiguous()
+    chunks = segments.spread(values)
+    assert chunks.shape == (segments.num_chunks, CHUNK, 2)
+    assert torch.equal(chunks.flatten(0, 1)[segments.places], values[: segments.tokens])
+    assert int((chunks != 0).any(-1).sum()) == segments.tokens
+    back = segments.collect_queries(segments.spread_queries(values))
+    assert torch.equal(back[: segments.tokens], values[: segments.tokens])
+    assert (back[segments.tokens :] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("documents", "lengths"),
+    [
+        ([[0, 0, 0]], (3,)),
+        ([[4, 4, 9]], (2, 1)),
+        ([[7, 7], [7, 7]], (2, 2)),  # a document never runs from one row into the next
+        ([[1, 2, 1]], (1, 1, 1)),  # the same number again, after another: another document
+        ([[0, 0, 1, 1], [1, 2, 2, 2]], (2, 2, 1, 3)),
+    ],
+)
+def test_documents_begin_where_their_number_changes(documents: list[list[int]], lengths: tuple[int, ...]) -> None:
+    segments = Segments.of_documents(torch.tensor(documents))
+    assert segments.lengths == lengths
+    assert segments.starts == (0,) * len(lengths)
+
+
+def test_a_batch_is_a_segment_for_each_row() -> None:
+    assert Segments.of_batch(2, 5) == Segments((0, 0), (5, 5))
+    assert Segments.of_batch(2, 5, starts=[3, 9]) == Segments((3, 9), (5, 5))
+    assert len(Segments.of_batch(3, 1)) == 3
+
+
+@pytest.mark.parametrize(
+    ("starts", "lengths"), [((), ()), ((0,), (1, 1)), ((0,), (0,)), ((-1,), (1,)), ((0, 0), (4, -2))]
+)
+def test_impossible_segments_are_refused(starts: tuple[int, ...], lengths: tuple[int, ...]) -> None:
+    with pytest.raises(ShapeError, match=r"^segments: must have"):
+        Segments(starts, lengths)

@@ -1,0 +1,240 @@
+"""Letters as in ops/ssd.py."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import pytest
+import torch
+from torch import Tensor
+
+from nemotron_h.errors import ShapeError
+from nemotron_h.grid import CHUNK
+from nemotron_h.ops.segments import Segments
+from nemotron_h.ops.ssd import settled, ssd, ssd_recurrence
+from tests.compare import assert_near, double, seeded
+
+LENGTHS = [1, 63, 64, 65, 127, 128, 129, 307, 1000, 4096]
+H, P, G, N = 4, 8, 2, 16
+# float32 products of 64 terms, and decays whose exponents, sums of up to about 50, are rounded to float32
+ROUNDING = 1e-5
+
+
+@dataclass
+class Inputs:
+    """One sequence of l tokens: x (l, h, p), dt (l, h), B and C (l, g, n), float32."""
+
+    x: Tensor
+    dt: Tensor
+    B: Tensor
+    C: Tensor
+
+    @classmethod
+    def random(cls, length: int, seed: int, p: int = P, g: int = G, n: int = N) -> Self:
+        generator = seeded(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(length, *shape, generator=generator)
+
+        dt = 10 ** (-3 + 2 * torch.rand(length, H, generator=generator))  # 0.001 to 0.1, as a new model's
+        return cls(normal(H, p), dt, normal(g, n), normal(g, n))
+
+    def part(self, first: int, last: int) -> "Inputs":
+        return Inputs(*(t[first:last] for t in (self.x, self.dt, self.B, self.C)))
+
+
+def decay_rates(seed: int = 0) -> Tensor:
+    return -1 - 15 * torch.rand(H, generator=seeded(seed))
+
+
+def defined(inputs: Inputs, A: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """y (l, h, p) and the state after, in float64."""
+    x, dt, B, C = (t.double()[None] for t in (inputs.x, inputs.dt, inputs.B, inputs.C))
+    y, after = ssd_recurrence(x, dt, A.double(), B, C, state.double()[None])
+    return y[0], after[0]
+
+
+def chunked(
+    sequences: list[Inputs], starts: list[int], A: Tensor, boundary: Tensor | None
+) -> tuple[list[Tensor], Tensor | None, Tensor]:
+    """Each sequence's tokens from its start on, the earlier ones carried as far as its chunk at hand goes back.
+
+    Returns: y (l - start, h, p) of each; the states at the beginning of the last chunks; the states after it all.
+    """
+    segments = Segments(tuple(starts), tuple(len(s.x) - start for s, start in zip(sequences, starts, strict=True)))
+
+    def rows(name: str) -> Tensor:
+        new = [getattr(s, name)[start:] for s, start in zip(sequences, starts, strict=True)]
+        flat = torch.cat(new)
+        return torch.cat((flat, flat.new_zeros(segments.rows - segments.tokens, *flat.shape[1:])))
+
+    chunks = {name: segments.spread(rows(name)).clone() for name in ("x", "dt", "B")}
+    for s, start, chunk, carried in zip(sequences, starts, segments.chunk_begins, segments.carried, strict=True):
+        for name, values in chunks.items():
+            values[chunk, :carried] = getattr(s, name)[start - carried : start]
+    x, dt, B = chunks["x"].transpose(1, 2), chunks["dt"], chunks["B"].transpose(1, 2)
+    queries = segments.spread_queries(rows("C")).transpose(1, 2)
+    y, moved = ssd(x, dt, A, B, queries, segments, boundary)
+    flat = segments.collect_queries(y.transpose(1, 2))
+    ys = [flat[begin : begin + length] for begin, length in zip(segments.begins, segments.lengths, strict=True)]
+    last = [first + count - 1 for first, count in zip(segments.chunk_begins, segments.chunks, strict=True)]
+    before = moved if moved is not None else boundary
+    if before is None:
+        before = torch.zeros(len(sequences), H, x.shape[-1], B.shape[-1])
+    return ys, moved, settled(x[last], dt[last], A, B[last], before)
+
+
+@pytest.mark.parametrize("initial", [False, True])
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.usefixtures("form")
+def test_chunks_equal_the_recurrence(length: int, initial: bool) -> None:
+    A, inputs = decay_rates(), Inputs.random(length, seed=length)
+    state = torch.randn(H, P, N, generator=seeded(1)) * initial
+    want, after = defined(inputs, A, state)
+    (got,), _, end = chunked([inputs], [0], A, state[None] if initial else None)
+    assert_near(got, want, ROUNDING)
+    assert_near(end[0], after, ROUNDING, "state")
+
+
+@pytest.mark.parametrize(("p", "g", "n"), [(8, 1, 16), (8, 4, 16), (5, 2, 6), (80, 1, 256), (1, 1, 1)])
+@pytest.mark.usefixtures("form")
+def test_every_width_and_every_way_to_share_b_and_c(p: int, g: int, n: int) -> None:
+    A, inputs = decay_rates(), Inputs.random(130, seed=3, p=p, g=g, n=n)
+    (got,), _, end = chunked([inputs], [0], A, None)
+    want, after = defined(inputs, A, torch.zeros(H, p, n))
+    assert_near(got, want, ROUNDING)
+    assert_near(end[0], after, ROUNDING, "state")
+
+
+@pytest.mark.parametrize(
+    ("starts", "lengths"),
+    [
+        ([0, 0, 0, 0], [1, 64, 129, 307]),
+        ([0, 0], [64, 64]),
+        ([5, 64, 65, 127, 128, 0], [1, 1, 1, 1, 1, 1]),  # a decode step of sequences at different places
+        ([63, 64, 1], [1, 64, 200]),
+        ([100, 64, 0], [28, 65, 3]),
+        ([70, 70], [300, 300]),
+    ],
+)
+@pytest.mark.usefixtures("form")
+def test_ragged_segments_with_inputs_carried(starts: list[int], lengths: list[int]) -> None:
+    A = decay_rates()
+    sequences = [Inputs.random(s + n, seed=10 + i) for i, (s, n) in enumerate(zip(starts, lengths, strict=True))]
+    boundaries = []
+    for sequence, start in zip(sequences, starts, strict=True):
+        at = (start - 1) // CHUNK * CHUNK if start else 0
+        state = torch.zeros(H, P, N)
+        boundaries.append(defined(sequence.part(0, at), A, state)[1].float() if at else state)
+    ys, moved, ends = chunked(sequences, starts, A, torch.stack(boundaries))
+    for index, (sequence, start, length) in enumerate(zip(sequences, starts, lengths, strict=True)):
+        want, after = defined(sequence, A, torch.zeros(H, P, N))
+        assert_near(ys[index], want[start:], ROUNDING, f"segment {index}")
+        assert_near(ends[index], after, ROUNDING, f"state of segment {index}")
+        at = (start + length - 1) // CHUNK * CHUNK
+        if moved is not None and at:
+            assert_near(moved[index], defined(sequence.part(0, at), A, torch.zeros(H, P, N))[1], ROUNDING)
+    moves = any((s + n - 1) // CHUNK > (s - 1) // CHUNK and s for s, n in zip(starts, lengths, strict=True))
+    assert moved is not None or not moves
+
+
+@pytest.mark.usefixtures("form")
+def test_a_token_alone_has_the_bits_of_the_whole() -> None:
+    A, inputs = decay_rates(), Inputs.random(200, seed=4)
+    (whole,), _, _ = chunked([inputs], [0], A, torch.zeros(1, H, P, N))
+    for place in (0, 1, 5, 62, 63, 64, 65, 127, 128, 199):
+        at = (place - 1) // CHUNK * CHUNK if place else 0
+        boundary = torch.zeros(1, H, P, N)
+        if at:  # the library's own state: the definition's has other bits
+            _, moved, _ = chunked([inputs.part(0, at + 1)], [0], A, boundary)
+            assert moved is not None
+            boundary = moved
+        (alone,), _, _ = chunked([inputs.part(0, place + 1)], [place], A, boundary)
+        assert torch.equal(alone[0], whole[place]), place
+
+
+@pytest.mark.parametrize("place", [0, 1, 63, 64, 100, 306])
+@pytest.mark.usefixtures("form")
+def test_no_token_reads_a_later_one(place: int) -> None:
+    A, inputs = decay_rates(), Inputs.random(307, seed=5)
+    other = Inputs.random(307, seed=6)
+    changed = Inputs(*(t.clone() for t in (inputs.x, inputs.dt, inputs.B, inputs.C)))
+    for name in ("x", "dt", "B", "C"):
+        getattr(changed, name)[place] = getattr(other, name)[place]
+    (before,), _, _ = chunked([inputs], [0], A, None)
+    (after,), _, _ = chunked([changed], [0], A, None)
+    assert torch.equal(before[:place], after[:place])
+    assert not torch.equal(before[place], after[place])
+
+
+@pytest.mark.parametrize("lengths", [[1], [63], [64], [65], [129], [307], [128, 128], [1, 64, 130], [1000]])
+@pytest.mark.usefixtures("form")
+def test_gradients_equal_the_recurrences(lengths: list[int]) -> None:
+    A = decay_rates()
+    sequences = [Inputs.random(length, seed=20 + i) for i, length in enumerate(lengths)]
+    factors = [torch.randn(length, H, P, generator=seeded(3)) for length in lengths]
+
+    leaves = [t.requires_grad_() for s in sequences for t in (s.x, s.dt, s.B, s.C)] + [A]
+    ys, _, _ = chunked(sequences, [0] * len(lengths), A.requires_grad_(), None)
+    got = torch.autograd.grad(sum((y * factor).sum() for y, factor in zip(ys, factors, strict=True)), leaves)
+
+    exact = [double(t) for t in leaves]
+    wanted_loss = torch.zeros((), dtype=torch.float64)
+    for index, factor in enumerate(factors):
+        y, _ = defined(Inputs(*exact[4 * index : 4 * index + 4]), exact[-1], torch.zeros(H, P, N))
+        wanted_loss = wanted_loss + (y * factor).sum()
+    want = torch.autograd.grad(wanted_loss, exact)
+    names = [f"{name} of {i}" for i in range(len(lengths)) for name in ("x", "dt", "B", "C")] + ["A"]
+    for name, value, exact_value in zip(names, got, want, strict=True):
+        # gradients of dt and A are differences of sums over the chunk, larger than what is left of them
+        assert_near(value, exact_value, 1e-4 if name == "A" or "dt" in name else 2e-5, name)
+
+
+@pytest.mark.usefixtures("form")
+def test_what_decays_at_once_stays_finite() -> None:
+    """dt A of -800 a token: exponents of a chunk reach -51,200, and the gradients are those of the last token alone."""
+    inputs = Inputs.random(130, seed=7)
+    inputs.dt.fill_(50.0)
+    A = torch.full((H,), -16.0)
+    leaves = [t.requires_grad_() for t in (inputs.x, inputs.dt, inputs.B, inputs.C)]
+    (got,), _, end = chunked([inputs], [0], A, None)
+    want, after = defined(inputs, A, torch.zeros(H, P, N))
+    assert_near(got.detach(), want.detach(), ROUNDING)
+    assert_near(end.detach()[0], after.detach(), ROUNDING)
+    exact = [double(t) for t in leaves]
+    wanted = torch.autograd.grad(defined(Inputs(*exact), A, torch.zeros(H, P, N))[0].sum(), exact)
+    for value, exact_value in zip(torch.autograd.grad(got.sum(), leaves), wanted, strict=True):
+        assert_near(value, exact_value, 1e-4)
+
+
+def test_bfloat16_inputs_are_computed_in_float32() -> None:
+    A, inputs = decay_rates(), Inputs.random(200, seed=8)
+    narrow = Inputs(inputs.x.bfloat16(), inputs.dt, inputs.B.bfloat16(), inputs.C.bfloat16())
+    (got,), _, _ = chunked([narrow], [0], A, None)
+    assert got.dtype == torch.float32
+    assert_near(got, defined(narrow, A, torch.zeros(H, P, N))[0], ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype"),
+    [
+        ("x", (1, H, CHUNK, P), torch.float32),
+        ("dt", (2, H, CHUNK), torch.float32),
+        ("dt", (2, CHUNK, H), torch.float64),
+        ("A", (H + 1,), torch.float32),
+        ("A", (H,), torch.bfloat16),
+        ("B", (2, CHUNK, G, N), torch.float32),
+        ("C", (2, G, CHUNK - 4, N), torch.float32),
+    ],
+)
+def test_wrong_shapes_are_refused_by_name(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    arguments = {
+        "x": torch.zeros(2, H, CHUNK, P),
+        "dt": torch.zeros(2, CHUNK, H),
+        "A": torch.zeros(H),
+        "B": torch.zeros(2, G, CHUNK, N),
+        "C": torch.zeros(2, G, CHUNK, N),
+    }
+    ssd(**arguments, segments=Segments((0,), (100,)), boundary=None)
+    arguments[name] = torch.zeros(shape, dtype=dtype)
+    with pytest.raises(ShapeError, match=f"^{name}: must"):
+        ssd(**arguments, segments=Segments((0,), (100,)), boundary=None)
