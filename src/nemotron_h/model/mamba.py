@@ -60,12 +60,11 @@ class Mamba(nn.Module):
             boundary = state.boundary
         queries = segments.spread_queries(C).transpose(1, 2)  # (c, g, m, n)
         xs, dts, Bs = chunks
-        y, moved = ssd(xs, dts, -torch.exp(self.A_log), Bs, queries, segments, boundary)
+        y, moved = ssd(xs, dts, -torch.exp(self.A_log), Bs, queries, segments, boundary, D=self.D)
         if state is not None:
             state.move_on(moved)
-        y = segments.collect_queries(y.transpose(1, 2)) + self.D[:, None] * x.float()  # (rows, h, p)
-        gain = self.norm.weight.to(u.dtype)
-        normed = gated_rms_norm(y.reshape(rows, config.inner_size), z, gain, g, self.epsilon)
+        y = segments.collect_queries(y.transpose(1, 2)).reshape(rows, config.inner_size)
+        normed = gated_rms_norm(y, z, self.norm.weight.to(u.dtype), g, self.epsilon)
         return self.out_proj(normed)  # type: ignore[no-any-return]
 
 

@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemotron_h.ops.jit import loss as jit
+from nemotron_h.ops.jit.scalars import array, runs
 from nemotron_h.ops.shapes import expect
 
-PIECE_BYTES = 192 * 2**20  # of float32 logits at a time
+PIECE_BYTES = 192 * 2**20  # of logits at a time, were they float32
 PIECE_ROWS = 1024  # at most: with a small vocabulary, a piece's logits stay in cache
 SLICE_WEIGHTS = 2**24  # of the head at a time
 IGNORED = -100  # a target that counts for nothing
@@ -44,27 +46,23 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         rows, vocab = hidden.shape[0], weight.shape[0]
         size = max(1, min(PIECE_ROWS, PIECE_BYTES // (4 * vocab)))
-        buffer = torch.empty(min(size, rows), vocab, device=hidden.device)
+        buffer = torch.empty(min(size, rows), vocab, dtype=hidden.dtype, device=hidden.device)
         wanted = any(ctx.needs_input_grad)
         if wanted:
             grad_hidden = torch.empty_like(hidden)
             grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        losses = torch.zeros(rows, dtype=torch.float64, device=hidden.device)
         for first in range(0, rows, size):
             piece = slice(first, min(first + size, rows))
-            logits = _logits(hidden[piece], weight, buffer)
-            totals = logits.logsumexp(1)
-            counted = targets[piece] != IGNORED
-            column = targets[piece].where(counted, 0)[:, None]
-            loss += ((totals - logits.gather(1, column)[:, 0]) * counted).sum(dtype=torch.float64)
+            logits = buffer[: piece.stop - first]
+            for part, matrix in _slices(weight, hidden.dtype):
+                logits[:, part] = F.linear(hidden[piece], matrix)
+            slope = softmax_loss(logits, targets[piece], losses[piece], wanted=wanted)
             if wanted:
-                slope = logits.sub_(totals[:, None]).exp_()
-                slope.scatter_add_(1, column, -torch.ones_like(column, dtype=torch.float32))
-                slope.mul_(counted[:, None])
                 grad_hidden[piece] = _gradients(slope, hidden[piece], weight, grad_weight)
         if wanted:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
-        return loss.float()
+        return losses.sum().float()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -74,21 +72,33 @@ class _CrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None
 
 
-def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
-    """(rows, vocab) float32 in the buffer."""
-    logits = buffer[: len(hidden)]
-    for part, matrix in _slices(weight, hidden.dtype):
-        logits[:, part] = F.linear(hidden, matrix)
-    return logits
+def softmax_loss(logits: Tensor, targets: Tensor, losses: Tensor, *, wanted: bool) -> Tensor:
+    """Fill losses (rows,) float64 with -log softmax at the targets. Returns, where wanted, the gradient by the logits;
+    it may stand in their place."""
+    if runs(logits):
+        jit.softmax_loss(array(logits), targets.numpy(), losses.numpy(), wanted)
+        return logits
+    return softmax_loss_torch(logits, targets, losses)
+
+
+def softmax_loss_torch(logits: Tensor, targets: Tensor, losses: Tensor) -> Tensor:
+    """The same in torch: where there is no kernel, and beside the kernel in tests."""
+    wide = logits.float()
+    totals = wide.logsumexp(1)
+    counted = targets != IGNORED
+    column = targets.where(counted, 0)[:, None]
+    losses.copy_((totals - wide.gather(1, column)[:, 0]) * counted)
+    slope = (wide - totals[:, None]).exp()
+    slope.scatter_add_(1, column, -torch.ones_like(column, dtype=torch.float32))
+    return (slope * counted[:, None]).to(logits.dtype)
 
 
 def _gradients(slope: Tensor, hidden: Tensor, weight: Tensor, grad_weight: Tensor) -> Tensor:
     """Of the loss by hidden, (rows, d) float32; by weight, added to grad_weight. slope (rows, vocab): by the logits."""
     grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
     for part, matrix in _slices(weight, hidden.dtype):
-        narrow = slope[:, part].to(hidden.dtype)
-        grad_hidden += narrow @ matrix
-        grad_weight[part] += narrow.T @ hidden
+        grad_hidden += slope[:, part] @ matrix
+        grad_weight[part] += slope[:, part].T @ hidden
     return grad_hidden
 
 

@@ -49,19 +49,28 @@ def ssd_recurrence(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state
 
 
 def ssd(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, segments: Segments, boundary: Tensor | None
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    segments: Segments,
+    boundary: Tensor | None,
+    *,
+    D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Outputs of every query of every chunk, and the state at each segment's last boundary.
 
     Shapes: x (c, h, CHUNK, p), B (c, g, CHUNK, n) any float; dt (c, CHUNK, h) float32, after softplus, zero where
         nothing stands yet; A (h) float32, negative; C (c, g, m, n) any float;
-        boundary (s, h, p, n) float32, the state at the beginning of each segment's first chunk, None for zeros.
+        boundary (s, h, p, n) float32, the state at the beginning of each segment's first chunk, None for zeros;
+        D (h) float32: y_t = h_t C_t + D x_t where it is given.
     Returns: y (c, h, m, p) float32; (s, h, p, n) float32, the state at the beginning of each segment's last chunk, or
         None where it is what was given.
     Raises: ShapeError, naming the argument.
     """
     c, h, _, p = x.shape
-    g, m, n = C.shape[1:]
+    g, _, n = C.shape[1:]
     expect(x, "x", (segments.num_chunks, h, CHUNK, p))
     expect(dt, "dt", (c, CHUNK, h), torch.float32)
     expect(A, "A", (h,), torch.float32)
@@ -72,16 +81,26 @@ def ssd(
     # float64: a running sum's bits must not depend on where the call began
     a = (dt.double() * A.double()).cumsum(1).float().transpose(1, 2).contiguous()  # (c, h, CHUNK)
     dt = dt.transpose(1, 2).contiguous()
+    if D is None:
+        D = A.new_zeros(h)
+    expect(D, "D", (h,), torch.float32)
     if not runs(x, B, C):
-        return ssd_torch(x, dt, a, B, C, segments, boundary)
-    if (boundary is not None or m < CHUNK) and x.requires_grad:
+        return ssd_torch(x, dt, a, B, C, D, segments, boundary)
+    if any(segments.starts) and x.requires_grad:
         raise ShapeError("boundary: must be None where gradients are wanted; training passes no state")
-    y, after = _Ssd.apply(x, dt, a, B, C, segments, boundary)  # type: ignore[no-untyped-call]
+    y, after = _Ssd.apply(x, dt, a, B, C, D, segments, boundary)  # type: ignore[no-untyped-call]
     return y, after
 
 
 def ssd_torch(
-    x: Tensor, dt: Tensor, a: Tensor, B: Tensor, C: Tensor, segments: Segments, boundary: Tensor | None
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    segments: Segments,
+    boundary: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """The same as matrix products in torch: where there is no kernel, and beside the kernel in tests.
 
@@ -98,7 +117,8 @@ def ssd_torch(
     decay = (a_queries[..., None] - a[..., None, :]).masked_fill(later, -torch.inf).exp()
     scores = torch.bmm(C, B.transpose(1, 2)).view(c, g, 1, m, CHUNK)
     mixed = (scores * decay.view(c, g, h // g, m, CHUNK)).view(c * h, m, CHUNK)
-    y = torch.bmm(mixed, xdt.view(c * h, CHUNK, p)).view(c, h, m, p)
+    own = x.gather(2, places[..., None].expand(c, h, m, p)).float() * D[:, None, None]
+    y = torch.bmm(mixed, xdt.view(c * h, CHUNK, p)).view(c, h, m, p) + own
 
     before, after = _boundaries(xdt, a, B, segments, boundary)
     if before is not None:
@@ -111,7 +131,15 @@ def ssd_torch(
 class _Ssd(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dt: Tensor, a: Tensor, B: Tensor, C: Tensor, segments: Segments, boundary: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        dt: Tensor,
+        a: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor,
+        segments: Segments,
+        boundary: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         c, h, _, p = x.shape
         g, m, n = C.shape[1:]
@@ -128,37 +156,36 @@ class _Ssd(torch.autograd.Function):
             start = torch.zeros(len(segments) * h * n, p) if start is None else start.clone()
             jit.pass_on(array(added), array(a), first, counts, h, array(start), array(before))
             after = start.view(-1, h, n, p).transpose(2, 3)
-        y = torch.empty(c, h, m, p)
+        y = torch.empty(c * m, h * p)
         jit.outputs(
-            array(x), array(dt), array(a), array(B), array(C), array(before), h // g,
-            segments.query_begins.numpy(), segments.new_begins.numpy(), segments.query_counts.numpy(),
-            array(y.view(-1, p)),
+            array(x), array(dt), array(a), array(B), array(C), array(D.contiguous()), array(before), h // g,
+            segments.query_begins.numpy(), segments.new_begins.numpy(), segments.query_counts.numpy(), array(y),
         )  # fmt: skip
-        ctx.save_for_backward(x, dt, a, B, C, before)
-        ctx.shape, ctx.chunks = (c, h, g, n), (first, counts)
+        ctx.save_for_backward(x, dt, a, B, C, D, before)
+        ctx.shape, ctx.chunks = (c, h, g, m, n, p), (first, counts)
         if after is not None:
             ctx.mark_non_differentiable(after)
-        return y, after
+        return y.view(c, m, h, p).transpose(1, 2), after
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, dt, a, B, C, before = ctx.saved_tensors
-        (c, h, g, n), p = ctx.shape, x.shape[1]
-        by_y = grad.contiguous().view(-1, p)
-        by_x, by_B, by_C = torch.empty_like(x), torch.empty(B.shape), torch.empty(C.shape)
-        by_dt, by_a = torch.zeros_like(dt), torch.zeros_like(a)
-        by_writes = torch.empty_like(before)
+        x, dt, a, B, C, D, before = ctx.saved_tensors
+        c, h, g, m, n, p = ctx.shape
+        by_y = grad.transpose(1, 2).contiguous().view(c * m, h * p)
+        by_x, by_B, by_C, by_D = torch.empty_like(x), torch.empty_like(B), torch.empty_like(C), torch.empty(c * h)
+        by_dt, by_a, by_writes = torch.zeros_like(dt), torch.zeros_like(a), torch.empty_like(before)
         if len(before):
-            jit.states_gradient(array(a), array(C), array(by_y), h // g, array(by_writes))
+            jit.states_gradient(array(a), array(C), array(by_y), h // g, h, array(by_writes))
             jit.pass_back(array(before), array(a), *ctx.chunks, h, array(by_writes), array(by_a))
-        inputs = (array(t) for t in (x, dt, a, B, C, before, by_writes, by_y))
-        jit.gradient(*inputs, h // g, *(array(t) for t in (by_x, by_dt, by_a, by_B, by_C)))
+        inputs = (array(t) for t in (x, dt, a, B, C, D.contiguous(), before, by_writes, by_y))
+        jit.gradient(*inputs, h // g, *(array(t) for t in (by_x, by_dt, by_a, by_B, by_C, by_D)))
         return (
             by_x.view(c, h, CHUNK, p),
             by_dt.view(c, h, CHUNK),
             by_a.view(c, h, CHUNK),
-            by_B.view(c, g, n, CHUNK).transpose(2, 3).to(B.dtype),
-            by_C.view(c, g, CHUNK, n).to(C.dtype),
+            by_B.view(c, g, n, CHUNK).transpose(2, 3),
+            by_C.view(c, g, m, n),
+            by_D.view(c, h).double().sum(0).float(),
             None,
             None,
         )

@@ -69,11 +69,9 @@ def contracted(function: Callable[..., None]) -> Callable[..., None]:
     return compiled
 
 
-def contracted_inline(function: Callable[..., Any]) -> Any:
-    """A piece of such a kernel."""
-    return (
-        function if numba is None else numba.njit(inline="always", error_model="numpy", fastmath={"contract"})(function)
-    )
+def contracted_piece(function: Callable[..., Any]) -> Any:
+    """A function that such kernels call."""
+    return function if numba is None else numba.njit(error_model="numpy", fastmath={"contract"}, cache=True)(function)
 
 
 if numba is not None:

@@ -1,7 +1,8 @@
 """The chunked scan, tile by tile in cache, and its gradient. Definition and formulas: `ops/ssd.py`.
 
 Every matrix is two-dimensional and contiguous, its leading letters folded into rows:
-    x, y (c h CHUNK, p)   dt, a (c h, CHUNK)   B (c g n, CHUNK)   C (c g m, n)   states (c h n, p)
+    x (c h CHUNK, p)   y and its gradient (c m, h p)   dt, a (c h, CHUNK)
+    B (c g n, CHUNK)   C (c g m, n)                    states (c h n, p)
 x, B and C are float32 or bfloat16 bits, the rest float32. A state stands transposed, (n, p), so that every product
 below adds scaled rows, `out[row] += factor * in[row]`, one term after the other: a query's bits depend on its own row
 and on nothing around it. (contract: a multiplication and its addition are one instruction, in every lane alike.)
@@ -11,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from nemotron_h.ops.jit.scalars import contracted, contracted_inline, exp, f, prange, read, write
+from nemotron_h.ops.jit.scalars import contracted, contracted_piece, exp, f, prange, read, write
 
 
-@contracted_inline
+@contracted_piece
 def add_rows(out, factors, rows, count):  # type: ignore[no-untyped-def]
     """out += sum_k factors[k] * rows[k], k = 0..count-1 in this order."""
     width = len(out)
@@ -30,7 +31,7 @@ def add_rows(out, factors, rows, count):  # type: ignore[no-untyped-def]
             out[q] += factor * row[q]
 
 
-@contracted_inline
+@contracted_piece
 def load(tile, array, first):  # type: ignore[no-untyped-def]
     """Fill a tile with the rows of an array from `first` on, as float32."""
     for i in range(tile.shape[0]):
@@ -38,7 +39,7 @@ def load(tile, array, first):  # type: ignore[no-untyped-def]
             tile[i, j] = read(array, first + i, j)
 
 
-@contracted_inline
+@contracted_piece
 def load_turned(tile, array, first):  # type: ignore[no-untyped-def]
     """The same, rows becoming columns."""
     for j in range(tile.shape[1]):
@@ -92,9 +93,11 @@ def pass_on(added: Any, a: Any, first: Any, counts: Any, heads: Any, start: Any,
 
 @contracted
 def outputs(
-    x: Any, dt: Any, a: Any, B: Any, C: Any, before: Any, share: Any, places: Any, begins: Any, counts: Any, y: Any
-) -> None:
-    """y (c h m, p). places (c,): where each chunk's queries begin; begins, counts (c,): which are new; others get zero."""
+    x: Any, dt: Any, a: Any, B: Any, C: Any, skip: Any, before: Any, share: Any,
+    places: Any, begins: Any, counts: Any, y: Any,
+) -> None:  # fmt: skip
+    """y (c m, h p). skip (h,): what each head adds of its own x. places (c,): where each chunk's queries begin;
+    begins, counts (c,): which places are new; the other queries get zero."""
     total, width = a.shape
     p = x.shape[1]
     groups = total // share
@@ -107,47 +110,59 @@ def outputs(
         end = begin + counts[chunk]
         keys, tile = np.empty((n, width), np.float32), np.empty((width, p), np.float32)
         queries, scores = np.empty((m, n), np.float32), np.zeros((m, width), np.float32)
-        factors, read_back = np.empty(width, np.float32), np.empty(p, np.float32)
+        factors, read_back, row = np.empty(width, np.float32), np.empty(p, np.float32), np.empty(p, np.float32)
         load(keys, B, group * n)
         load(queries, C, group * m)
         for i in range(begin, end):
             add_rows(scores[i], queries[i], keys, n)
         for index in range(group * share, (group + 1) * share):
             load(tile, x, index * width)
+            column = index % heads * p
             for i in range(m):
-                row = y[index * m + i]
                 row[:] = f(0)
-                if i < begin or i >= end:
-                    continue
-                top = a[index, first + i]
-                for j in range(width):
-                    factors[j] = scores[i, j] * exp(top - a[index, j]) * dt[index, j]
-                add_rows(row, factors, tile, first + i + 1)
-                if len(before) > 0:
-                    read_back[:] = f(0)
-                    add_rows(read_back, queries[i], before[index * n : (index + 1) * n], n)
-                    gain = exp(top)
+                if begin <= i < end:
+                    top = a[index, first + i]
+                    for j in range(width):
+                        factors[j] = scores[i, j] * exp(top - a[index, j]) * dt[index, j]
+                    add_rows(row, factors, tile, first + i + 1)
                     for q in range(p):
-                        row[q] += gain * read_back[q]
+                        row[q] += skip[index % heads] * tile[first + i, q]
+                    if len(before) > 0:
+                        read_back[:] = f(0)
+                        add_rows(read_back, queries[i], before[index * n : (index + 1) * n], n)
+                        gain = exp(top)
+                        for q in range(p):
+                            row[q] += gain * read_back[q]
+                y[chunk * m + i, column : column + p] = row
+
+
+@contracted_piece
+def load_head(tile, array, index, heads):  # type: ignore[no-untyped-def]
+    """Fill a tile (CHUNK, p) with one head of one chunk of an array (c CHUNK, h p)."""
+    width, p = tile.shape
+    first, column = index // heads * width, index % heads * p
+    for i in range(width):
+        tile[i] = array[first + i, column : column + p]
 
 
 @contracted
-def states_gradient(a: Any, C: Any, grad: Any, share: Any, out: Any) -> None:
-    """out (c h n, p): of the loss by the state before each chunk, through its queries. grad (c h CHUNK, p): by y."""
-    count, width = a.shape
-    n, _p = C.shape[1], grad.shape[1]
+def states_gradient(a: Any, C: Any, grad: Any, share: Any, heads: Any, out: Any) -> None:
+    """out (c h n, p): of the loss by the state before each chunk, through its queries. grad (c m, h p): by y."""
+    count = len(a)
+    m, n, p = len(grad) // (count // heads), C.shape[1], grad.shape[1] // heads
     for index in prange(count):
-        queries, tile = np.empty((n, width), np.float32), grad[index * width : (index + 1) * width]
-        load_turned(queries, C, index // share * width)
-        gains, factors = np.empty(width, np.float32), np.empty(width, np.float32)
-        for i in range(width):
+        queries, tile = np.empty((n, m), np.float32), np.empty((m, p), np.float32)
+        load_head(tile, grad, index, heads)
+        load_turned(queries, C, index // share * m)
+        gains, factors = np.empty(m, np.float32), np.empty(m, np.float32)
+        for i in range(m):
             gains[i] = exp(a[index, i])
         for k in range(n):
-            for i in range(width):
+            for i in range(m):
                 factors[i] = queries[k, i] * gains[i]
             row = out[index * n + k]
             row[:] = f(0)
-            add_rows(row, factors, tile, width)
+            add_rows(row, factors, tile, m)
 
 
 @contracted
@@ -177,107 +192,134 @@ def pass_back(before: Any, a: Any, first: Any, counts: Any, heads: Any, by_state
 
 @contracted
 def gradient(
-    x: Any, dt: Any, a: Any, B: Any, C: Any, before: Any, by_writes: Any, grad: Any, share: Any,
-    by_x: Any, by_dt: Any, by_a: Any, by_B: Any, by_C: Any,
+    x: Any, dt: Any, a: Any, B: Any, C: Any, skip: Any, before: Any, by_writes: Any, grad: Any, share: Any,
+    by_x: Any, by_dt: Any, by_a: Any, by_B: Any, by_C: Any, by_skip: Any,
 ) -> None:  # fmt: skip
-    """Of the loss by every input, where every place of a chunk is a query. by_dt and by_a are added to."""
+    """Of the loss by every input, the queries being a chunk's first m places. by_dt and by_a are added to;
+    by_skip (c h,): each chunk's part."""
     total, width = a.shape
     groups = total // share
-    n, _p = C.shape[1], x.shape[1]
+    m, n = len(C) // groups, C.shape[1]
     for group in prange(groups):
-        keys, queries = np.empty((n, width), np.float32), np.empty((width, n), np.float32)
+        keys, queries = np.empty((n, width), np.float32), np.empty((m, n), np.float32)
         load(keys, B, group * n)
-        load(queries, C, group * width)
-        scores, by_scores = np.zeros((width, width), np.float32), np.zeros((width, width), np.float32)
-        for i in range(width):
+        load(queries, C, group * m)
+        scores, by_scores = np.zeros((m, width), np.float32), np.zeros((m, width), np.float32)
+        for i in range(m):
             add_rows(scores[i], queries[i], keys, n)
-        grad_keys, grad_queries = np.zeros((width, n), np.float32), np.zeros((width, n), np.float32)
+        grad_keys, grad_queries = np.zeros((width, n), np.float32), np.zeros((m, n), np.float32)
         for index in range(group * share, (group + 1) * share):
             within_head(
-                x, dt, a, before, by_writes, grad, index, scores, queries, keys,
-                by_scores, grad_keys, grad_queries, by_x, by_dt, by_a,
+                x, dt, a, skip, before, by_writes, grad, index, scores, queries, keys,
+                by_scores, grad_keys, grad_queries, by_x, by_dt, by_a, by_skip,
             )  # fmt: skip
         turned = np.empty((width, n), np.float32)
         for j in range(width):
             for k in range(n):
                 turned[j, k] = keys[k, j]
-        column = np.empty(width, np.float32)
-        for i in range(width):
+        column = np.empty(m, np.float32)
+        for i in range(m):
             add_rows(grad_queries[i], by_scores[i], turned, i + 1)
-            for j in range(width):
-                column[j] = by_scores[j, i]
-            add_rows(grad_keys[i], column, queries, width)  # by_scores is zero where a query lies before the place
-        for i in range(width):
             for k in range(n):
-                by_C[group * width + i, k] = grad_queries[i, k]
-                by_B[group * n + k, i] = grad_keys[i, k]
+                write(by_C, group * m + i, k, grad_queries[i, k])
+        for j in range(width):
+            for i in range(m):
+                column[i] = by_scores[i, j]
+            add_rows(grad_keys[j], column, queries, m)  # by_scores is zero where a query lies before the place
+            for k in range(n):
+                write(by_B, group * n + k, j, grad_keys[j, k])
 
 
-@contracted_inline
+@contracted_piece
 def within_head(  # type: ignore[no-untyped-def]
-    x, dt, a, before, by_writes, grad, index, scores, queries, keys,
-    by_scores, grad_keys, grad_queries, by_x, by_dt, by_a,
+    x, dt, a, skip, before, by_writes, grad, index, scores, queries, keys,
+    by_scores, grad_keys, grad_queries, by_x, by_dt, by_a, by_skip,
 ):  # fmt: skip
-    """One head of one chunk: its share of by_scores, grad_keys and grad_queries; by_x, by_dt and by_a of its own."""
-    width, n, p = a.shape[1], keys.shape[0], x.shape[1]
+    """One head of one chunk: its share of by_scores, grad_keys and grad_queries; the others by its own inputs."""
+    m, width, p, heads = len(queries), a.shape[1], x.shape[1], len(skip)
     tile, turned = np.empty((width, p), np.float32), np.empty((p, width), np.float32)
     load(tile, x, index * width)
     load_turned(turned, x, index * width)
-    out = np.zeros((width, p), np.float32)
-    mixed = np.zeros((width, width), np.float32)  # mixed[j, i]: how much of x_j query i reads
-    column, pulled = np.empty(width, np.float32), np.empty(width, np.float32)
-    slope = grad[index * width : (index + 1) * width]
+    slope, out = np.empty((m, p), np.float32), np.zeros((width, p), np.float32)
+    load_head(slope, grad, index, heads)
 
-    for i in range(width):  # through the products within the chunk
+    own, lanes = skip[index % heads], np.zeros(p, np.float32)  # through what a query adds of its own x
+    for i in range(m):
+        for q in range(p):
+            out[i, q] = own * slope[i, q]
+            lanes[q] += tile[i, q] * slope[i, q]
+    total = f(0)
+    for q in range(p):
+        total += lanes[q]
+    by_skip[index] = total
+
+    mixed = np.zeros((width, m), np.float32)  # mixed[j, i]: how much of x_j query i reads
+    column, pulled = np.empty(width, np.float32), np.empty(width, np.float32)
+    for i in range(m):  # through the products within the chunk
         column[:] = f(0)
         add_rows(column, slope[i], turned, p)  # by mixed[:, i]
-        top, total = a[index, i], f(0)
+        top = a[index, i]
         for j in range(width):
             gain = exp(top - a[index, j]) if j <= i else f(0)
-            read_dt = scores[i, j] * gain * dt[index, j]
             by_scores[i, j] += column[j] * gain * dt[index, j]
             by_dt[index, j] += column[j] * scores[i, j] * gain
-            pulled[j] = column[j] * read_dt
+            factor = scores[i, j] * gain * dt[index, j]
+            pulled[j] = column[j] * factor
             by_a[index, j] -= pulled[j]
-            mixed[j, i] = read_dt
+            mixed[j, i] = factor
+        total = f(0)
         for j in range(width):
             total += pulled[j]
         by_a[index, i] += total
-    for j in range(width):
-        add_rows(out[j], mixed[j, j:], slope[j:], width - j)
+    for j in range(m):
+        add_rows(out[j], mixed[j, j:], slope[j:], m - j)
 
     if len(before) > 0:
-        state, added = np.empty((p, n), np.float32), np.empty((p, n), np.float32)
-        for k in range(n):
-            for q in range(p):
-                state[q, k] = before[index * n + k, q]
-                added[q, k] = by_writes[index * n + k, q]
-        back, weights = np.empty(n, np.float32), np.empty(width, np.float32)
-        end = a[index, width - 1]
-        for i in range(width):  # through what queries read of the state before the chunk
-            back[:] = f(0)
-            add_rows(back, slope[i], state, p)
-            gain, total = exp(a[index, i]), f(0)
-            for k in range(n):
-                grad_queries[i, k] += gain * back[k]
-                total += queries[i, k] * back[k]
-            by_a[index, i] += gain * total
-        for j in range(width):  # through what places add to the state after it
-            back[:] = f(0)
-            add_rows(back, tile[j], added, p)
-            decay, total = exp(end - a[index, j]), f(0)
-            weights[j] = decay * dt[index, j]
-            for k in range(n):
-                grad_keys[j, k] += weights[j] * back[k]
-                total += keys[k, j] * back[k]
-            by_dt[index, j] += decay * total
-            by_a[index, j] -= weights[j] * total
-            by_a[index, width - 1] += weights[j] * total
-        factors = np.empty(n, np.float32)
-        for j in range(width):
-            for k in range(n):
-                factors[k] = keys[k, j] * weights[j]
-            add_rows(out[j], factors, by_writes[index * n : (index + 1) * n], n)
+        through_states(
+            dt, a, before, by_writes, index, queries, keys, tile, slope, grad_keys, grad_queries, out, by_dt, by_a
+        )
     for j in range(width):
         for q in range(p):
             write(by_x, index * width + j, q, out[j, q])
+
+
+@contracted_piece
+def through_states(  # type: ignore[no-untyped-def]
+    dt, a, before, by_writes, index, queries, keys, tile, slope, grad_keys, grad_queries, out, by_dt, by_a
+):
+    """The part of a head's gradients that goes through the states between chunks; out (CHUNK, p) is by x."""
+    m, n = queries.shape
+    width, p = tile.shape
+    state, added = np.empty((p, n), np.float32), np.empty((p, n), np.float32)
+    for k in range(n):
+        for q in range(p):
+            state[q, k] = before[index * n + k, q]
+            added[q, k] = by_writes[index * n + k, q]
+    back, weights = np.empty(n, np.float32), np.empty(width, np.float32)
+    end = a[index, width - 1]
+    for i in range(m):  # what queries read of the state before the chunk
+        back[:] = f(0)
+        add_rows(back, slope[i], state, p)
+        gain, total = exp(a[index, i]), f(0)
+        for k in range(n):
+            grad_queries[i, k] += gain * back[k]
+        for k in range(n):
+            total += queries[i, k] * back[k]
+        by_a[index, i] += gain * total
+    for j in range(width):  # what places add to the state after it
+        back[:] = f(0)
+        add_rows(back, tile[j], added, p)
+        decay, total = exp(end - a[index, j]), f(0)
+        weights[j] = decay * dt[index, j]
+        for k in range(n):
+            grad_keys[j, k] += weights[j] * back[k]
+        for k in range(n):
+            total += keys[k, j] * back[k]
+        by_dt[index, j] += decay * total
+        by_a[index, j] -= weights[j] * total
+        by_a[index, width - 1] += weights[j] * total
+    factors = np.empty(n, np.float32)
+    for j in range(width):
+        for k in range(n):
+            factors[k] = keys[k, j] * weights[j]
+        add_rows(out[j], factors, by_writes[index * n : (index + 1) * n], n)
