@@ -1,0 +1,44 @@
+"""Every block of the README and of the pages runs, and every example: what a reader copies works."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
+EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=os.environ, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize("page", ["README.md", *PAGES])
+def test_blocks_run(page: str, tmp_path: Path) -> None:
+    blocks = BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
+    if not blocks:
+        pytest.skip("no python block on this page")
+    (tmp_path / "page.py").write_text("\n".join(blocks), encoding="utf-8")
+    done = run(["-W", "error", "page.py"], tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_examples_run(example: str, tmp_path: Path) -> None:
+    path = ROOT / "examples" / example
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 60
+    done = run(["-W", "error", str(path)], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_every_room_has_a_page() -> None:
+    rooms = {path.parent.name for path in (ROOT / "src" / "nemotron_h").glob("*/__init__.py")}
+    assert rooms - {Path(page).stem for page in PAGES} == set()
