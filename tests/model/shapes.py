@@ -1,0 +1,67 @@
+"""The family scaled down: each keeps what is peculiar to its member."""
+
+from dataclasses import replace
+from functools import cache
+
+import torch
+
+from nemotron_h.config.model import AttentionConfig, MambaConfig, MlpConfig, ModelConfig
+from nemotron_h.model.hybrid import Hybrid
+from nemotron_h.model.init import initialise
+
+VOCAB = 97
+
+
+def scaled(
+    pattern: str, hidden: int, mamba: MambaConfig | None, attention: AttentionConfig | None, mlp: int
+) -> ModelConfig:
+    return ModelConfig.from_pattern(
+        pattern,
+        hidden_size=hidden,
+        vocab_size=VOCAB,
+        mamba=mamba,
+        attention=attention,
+        mlp=MlpConfig(intermediate_size=mlp),
+    )
+
+
+def mamba(heads: int, width: int, state: int, groups: int = 2) -> MambaConfig:
+    return MambaConfig(num_heads=heads, head_dim=width, state_size=state, num_groups=groups)
+
+
+def attention(heads: int, kv_heads: int, width: int) -> AttentionConfig:
+    return AttentionConfig(num_heads=heads, num_kv_heads=kv_heads, head_dim=width)
+
+
+FAMILY = {
+    "8b": scaled("M-M*-M-", 64, mamba(8, 16, 32), attention(4, 1, 16), 96),
+    "4b": scaled("M*-M-", 48, mamba(6, 16, 32), attention(4, 2, 32), 64),  # attention wider than the stream
+    "nano": scaled("M-MM-*-M-", 40, mamba(2, 80, 16), attention(5, 1, 16), 77),  # heads of 80, an odd FFN
+    "47b": scaled("M-M*-M---MM-", 64, mamba(8, 16, 32, groups=8), attention(8, 2, 16), 80),
+    "56b": scaled("M*-M-", 32, mamba(2, 16, 256), attention(4, 2, 8), 48),  # a state of 256
+    "t-8b": scaled(
+        "*-*-",
+        48,
+        None,
+        AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16, rope_base=10_000.0, rope_fraction=0.5),
+        64,
+    ),
+    "ssm": scaled("M-M-", 48, mamba(4, 24, 16, groups=1), None, 64),
+    "tied": replace(scaled("M*-", 48, mamba(4, 16, 16), attention(2, 2, 24), 64), tied_embeddings=True),
+}
+
+
+@cache
+def model(name: str, dtype: torch.dtype = torch.float32) -> Hybrid:
+    """A member with weights of a fixed seed, large enough that every layer matters. Not to be changed."""
+    built = Hybrid(FAMILY[name], dtype=dtype)
+    initialise(built, seed=len(name))
+    with torch.no_grad():
+        for parameter_name, parameter in built.named_parameters():
+            if parameter_name.endswith(("proj.weight", "lm_head.weight")):
+                parameter.mul_(3)
+    return built
+
+
+def random_tokens(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,227 @@
+"""One arithmetic: logits and states have the same bits however a prompt is cut and whoever is computed beside it."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise, product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from nemotron_h.config import cost
+from nemotron_h.errors import ShapeError
+from nemotron_h.model.hybrid import Hybrid
+from nemotron_h.model.state import AttentionState, MambaState, State
+from tests.model.shapes import FAMILY, model, random_tokens
+
+DTYPES = [torch.float32, torch.bfloat16]
+ALL = list(product(FAMILY, DTYPES, (1, 2, 3)))  # threads last
+# every member, dtype and number of threads, though not each with each
+SOME = [(name, dtype, 1 + index % 3) for index, (name, dtype) in enumerate(product(FAMILY, DTYPES))]
+
+
+def assert_same_state(got: State, index: int, want: State, other: int = 0) -> None:
+    """Sequence index of one state is sequence other of another, to the bit. Page numbers may differ."""
+    assert got.positions[index] == want.positions[other]
+    for number, (mine, theirs) in enumerate(zip(got.layers, want.layers, strict=True)):
+        match mine, theirs:
+            case MambaState(), MambaState():
+                for name in ("conv", "boundary", "x", "dt", "B"):
+                    assert torch.equal(getattr(mine, name)[index], getattr(theirs, name)[other]), (number, name)
+            case AttentionState(), AttentionState():
+                for name in ("keys", "values"):
+                    pages = getattr(mine, name)[got.tables[index]], getattr(theirs, name)[want.tables[other]]
+                    assert torch.equal(*pages), (number, name)
+            case None, None:
+                pass
+            case _:
+                pytest.fail(f"layer {number}: {type(mine).__name__} and {type(theirs).__name__}")
+
+
+def read(net: Hybrid, state: State, sequences: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+    """Give each sequence of the state its next tokens, a different number each. Returns each one's logits."""
+    new = [s[at : at + length] for s, at, length in zip(sequences, state.positions, lengths, strict=True)]
+    segments = state.segments(lengths)
+    logits = net.logits(net.hidden(torch.cat(new), segments, state))
+    return list(logits[: segments.tokens].split(list(lengths)))
+
+
+def in_cuts(net: Hybrid, tokens: Tensor, cuts: Sequence[int]) -> tuple[Tensor, State]:
+    """Tokens (1, l) in the pieces between the cuts."""
+    state = net.empty_state(1)
+    edges = [0, *cuts, tokens.shape[1]]
+    pieces = [net(tokens[:, a:b], state) for a, b in pairwise(edges) if a < b]
+    return torch.cat(pieces, dim=1), state
+
+
+def check_cuts(name: str, dtype: torch.dtype, length: int, cuts: Sequence[int]) -> None:
+    net, tokens = model(name, dtype), random_tokens(1, length, seed=length)
+    want, state = in_cuts(net, tokens, [])
+    assert torch.equal(net(tokens), want)
+    got, cut_state = in_cuts(net, tokens, cuts)
+    assert torch.equal(got, want)
+    assert_same_state(cut_state, 0, state)
+
+
+def check_batch(name: str, dtype: torch.dtype, calls: Sequence[Sequence[int]]) -> None:
+    """calls: of each call, the tokens each sequence is given."""
+    net, totals = model(name, dtype), [sum(column) for column in zip(*calls, strict=True)]
+    sequences = [random_tokens(total, seed=20 + i) for i, total in enumerate(totals)]
+    state = net.empty_state(len(totals))
+    logits = [read(net, state, sequences, lengths) for lengths in calls]
+    for index, tokens in enumerate(sequences):
+        want, alone = in_cuts(net, tokens[None], [])
+        assert torch.equal(torch.cat([call[index] for call in logits]), want[0]), index
+        assert_same_state(state, index, alone)
+
+
+cuts_of = st.lists(st.integers(1, 299), max_size=8).map(sorted)
+ragged_calls = st.integers(1, 5).flatmap(
+    lambda batch: st.lists(
+        st.lists(st.sampled_from([1, 1, 2, 3, 5, 7, 30, 63, 64, 65, 130]), min_size=batch, max_size=batch),
+        min_size=1,
+        max_size=5,
+    )
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FAMILY)
+@torch.no_grad()
+def test_token_by_token_equals_at_once(name: str, dtype: torch.dtype) -> None:
+    """Over the edges of a chunk, of two, and of an attention block."""
+    check_cuts(name, dtype, length=259, cuts=[*range(1, 8), *range(60, 68), *range(125, 131), *range(253, 259)])
+
+
+@pytest.mark.parametrize(("name", "dtype", "count"), SOME)
+def test_cut_anywhere_equals_whole(name: str, dtype: torch.dtype, count: int, threads: Callable[[int], None]) -> None:
+    @settings(max_examples=2)
+    @given(cuts=cuts_of)
+    @torch.no_grad()
+    def check(cuts: list[int]) -> None:
+        check_cuts(name, dtype, 300, cuts)
+
+    threads(count)
+    check()
+
+
+@pytest.mark.parametrize(("name", "dtype", "count"), SOME)
+def test_a_batch_at_different_places_equals_each_alone(
+    name: str, dtype: torch.dtype, count: int, threads: Callable[[int], None]
+) -> None:
+    @settings(max_examples=2)
+    @given(calls=ragged_calls)
+    @torch.no_grad()
+    def check(calls: list[list[int]]) -> None:
+        check_batch(name, dtype, calls)
+
+    threads(count)
+    check_batch_edges(name, dtype)
+    check()
+
+
+@torch.no_grad()
+def check_batch_edges(name: str, dtype: torch.dtype) -> None:
+    """Sequences that end a chunk, begin one, sit inside one, cross a block, all in the same call."""
+    check_batch(name, dtype, [[64, 63, 1, 255], [1, 1, 1, 1], [1, 2, 70, 3]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "dtype", "count"), ALL)
+def test_many_cuts_and_batches(name: str, dtype: torch.dtype, count: int, threads: Callable[[int], None]) -> None:
+    @settings(max_examples=60)
+    @given(cuts=cuts_of, calls=ragged_calls)
+    @torch.no_grad()
+    def check(cuts: list[int], calls: list[list[int]]) -> None:
+        check_cuts(name, dtype, 300, cuts)
+        check_batch(name, dtype, calls)
+
+    threads(count)
+    check()
+    with torch.no_grad():
+        check_cuts(name, dtype, 600, range(1, 600))
+
+
+@torch.no_grad()
+def test_a_copy_has_storage_of_its_own() -> None:
+    net, tokens = model("8b"), random_tokens(2, 300, seed=30)
+    state = net.empty_state(2)
+    net(tokens[:, :260], state)
+    copy, want = state.copy(), state.select([0, 1])
+    net(tokens[:, 260:], state)
+    for index in range(2):
+        assert_same_state(copy, index, want, index)
+    got = net(tokens[:, 260:], copy)
+    assert torch.equal(got, net(tokens)[:, 260:])
+    mine = {t.data_ptr() for t in tensors(state)}
+    assert mine.isdisjoint(t.data_ptr() for t in tensors(copy))
+
+
+@torch.no_grad()
+def test_sequences_can_be_reordered_repeated_and_left_out() -> None:
+    net = model("nano", torch.bfloat16)
+    sequences = [random_tokens(length, seed=40 + i) for i, length in enumerate((330, 140, 90))]
+    state = net.empty_state(3)
+    read(net, state, sequences, [300, 70, 1])
+    picked = state.select([2, 0, 0])
+    assert picked.positions == [1, 300, 300]
+    assert sorted(page for table in picked.tables for page in table) == list(range(5))
+    chosen = [sequences[2], sequences[0], sequences[0]]
+    got = read(net, picked, chosen, [80, 2, 30])
+    for index, (tokens, logits) in enumerate(zip(chosen, got, strict=True)):
+        whole, alone = in_cuts(net, tokens[None, : picked.positions[index]], [])
+        assert torch.equal(logits, whole[0, -len(logits) :])
+        assert_same_state(picked, index, alone)
+    assert state.positions == [300, 70, 1]
+
+
+def tensors(state: State) -> list[Tensor]:
+    """Of all layers."""
+    found = []
+    for layer in state.layers:
+        match layer:
+            case MambaState():
+                found += [layer.conv, layer.boundary, layer.x, layer.dt, layer.B]
+            case AttentionState():
+                found += [layer.keys, layer.values]
+    return found
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 4), (torch.bfloat16, 2)])
+@torch.no_grad()
+def test_size_is_what_the_cost_says(name: str, dtype: torch.dtype, width: int) -> None:
+    net, config = model(name, dtype), FAMILY[name]
+    state = net.empty_state(3)
+    want = cost.memory(config, 0, weight_bytes=width, batch=3)
+    assert state.size_bytes == want["recurrent state"] == sum(t.nbytes for t in tensors(state))
+    net(random_tokens(3, 300, seed=50), state)
+    want = cost.memory(config, 300, weight_bytes=width, batch=3)
+    assert state.size_bytes == want["recurrent state"] + want["keys and values"]
+
+
+@torch.no_grad()
+def test_what_is_not_written_yet_is_zero() -> None:
+    net = model("8b")
+    state = net.empty_state(1)
+    net(random_tokens(1, 70, seed=60), state)
+    for layer in state.layers:
+        match layer:
+            case MambaState():
+                assert (layer.x[:, :, 6:] == 0).all()
+                assert (layer.dt[:, 6:] == 0).all()
+                assert (layer.B[:, :, 6:] == 0).all()
+                assert (layer.x[:, :, :6] != 0).any()
+            case AttentionState():
+                assert (layer.keys[:, :, 70:] == 0).all()
+                assert (layer.keys[:, :, :70] != 0).any()
+
+
+def test_another_number_of_sequences_is_refused() -> None:
+    state = model("8b").empty_state(2)
+    assert len(state) == 2
+    with pytest.raises(ShapeError, match=r"^tokens: must hold one row for each sequence of the state; got 3, 2"):
+        state.segments([1, 1, 1])
+    with pytest.raises(ShapeError, match=r"^segments: must have lengths of 1 or more"):
+        state.segments([1, 0])
