@@ -52,7 +52,10 @@ def lives(shard: Shard, folder: Path, config: TrainConfig, model: ModelConfig, *
     write_config(model, described)
     arguments = [shard.name, folder, json.dumps(to_mapping(config)), described, *moments]
     script = Path(__file__).with_name("interrupted.py")
-    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
+    one_thread = os.environ | {"NUMBA_NUM_THREADS": "1"}  # as in this process: `one_thread` in conftest.py
+    done = subprocess.run(
+        [sys.executable, script, *arguments], capture_output=True, text=True, check=False, env=one_thread
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 

@@ -1,0 +1,137 @@
+"""Text in, text out."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import nemotron_h
+from nemotron_h.checkpoint.save import save
+from nemotron_h.config.sampling import Sampling
+from nemotron_h.errors import CheckpointError, RequestError
+from nemotron_h.inference.load import LanguageModel, load
+from nemotron_h.model.hybrid import Hybrid
+from nemotron_h.text.tokenizer import Tokenizer
+
+Build = Callable[..., Hybrid]
+
+
+@pytest.fixture
+def language(folder: Path) -> LanguageModel:
+    return load(folder, precision="float32")
+
+
+def test_the_text_is_that_of_the_tokens(language: LanguageModel, tokenizer: Tokenizer) -> None:
+    prompt = "the hybrid"
+    assert language.prompt_ids(prompt) == [1, *tokenizer.encode(prompt)]
+    with torch.no_grad():
+        language.model.head_weight[tokenizer.vocab_size :] = 0  # padded ids would never be drawn anyway
+        language.model.head_weight[: tokenizer.vocab_size] *= 4
+    options = {"max_tokens": 30, "ignore_end": True}
+    text = language.generate(prompt, temperature=0.5, seed=3, **options)
+    sampling = Sampling(temperature=0.5, seed=3)
+    ids = list(language.tokens(language.prompt_ids(prompt), sampling=sampling, **options))
+    assert max(ids) < tokenizer.vocab_size
+    assert text == tokenizer.decode(ids)
+
+
+def test_padded_ids_are_never_drawn_as_text(build: Build, tokenizer: Tokenizer) -> None:
+    """The likeliest ids by far stand for no text."""
+    model = build()
+    with torch.no_grad():
+        model.head_weight[320:] = 3 * model.head_weight[:32]
+    language = LanguageModel(model, tokenizer)
+    raw = language.tokens([5, 9], max_tokens=40, sampling=Sampling(temperature=2.0), ignore_end=True)
+    assert max(raw) >= tokenizer.vocab_size  # ids alone: the model's whole vocabulary
+    for temperature in (0.0, 2.0):
+        assert language.generate("the", max_tokens=40, temperature=temperature, ignore_end=True)
+
+
+def test_whole_characters_come(language: LanguageModel) -> None:
+    sampling = Sampling(temperature=3.0, seed=2)  # nearly uniform: half characters everywhere
+    pieces = list(language.stream("the", max_tokens=300, sampling=sampling, ignore_end=True))
+    text = "".join(pieces)
+    assert text == language.generate("the", max_tokens=300, temperature=3.0, seed=2, ignore_end=True)
+    assert len([piece for piece in pieces if piece]) > 50
+    for piece in pieces:
+        piece.encode()
+
+
+def test_multibyte_characters_survive_the_stream(
+    folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    language = load(folder)
+    ids = [token for letter in "世界🙂Köln" for byte in letter.encode() for token in [byte_id(tokenizer, byte)]]
+    from nemotron_h.inference import naive
+
+    monkeypatch.setattr(naive, "tokens", lambda *args, **options: iter(ids))
+    pieces = list(language.stream("x", max_tokens=99))
+    assert "".join(pieces) == "世界🙂Köln"
+    assert "\ufffd" not in "".join(pieces)
+
+
+def byte_id(tokenizer: Tokenizer, byte: int) -> int:
+    return next(i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) == bytes([byte]))
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_it_stops_before_a_stop_string(language: LanguageModel, as_list: bool) -> None:
+    text = language.generate("the", max_tokens=60, temperature=1.0, seed=1, ignore_end=True)
+    stop = text[len(text) // 2 : len(text) // 2 + 3]
+    got = language.generate(
+        "the", max_tokens=60, temperature=1.0, seed=1, ignore_end=True, stop=[stop] if as_list else stop
+    )
+    assert got == text[: text.index(stop)]
+
+
+def test_end_tokens_end_unless_ignored(language: LanguageModel, build: Build, tokenizer: Tokenizer) -> None:
+    whole = list(language.tokens([5, 9], max_tokens=12, ignore_end=True))
+    config = replace(language.model.config, eos_token_ids=(whole[3], whole[6]))
+    model = language.model
+    model.config = config
+    ended = LanguageModel(model, tokenizer)
+    first = min(whole.index(whole[3]), whole.index(whole[6]))
+    assert list(ended.tokens([5, 9], max_tokens=12)) == whole[:first]
+    assert list(ended.tokens([5, 9], max_tokens=12, ignore_end=True)) == whole
+
+
+def test_refusals(build: Build, folder: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    language = load(folder)
+    with pytest.raises(RequestError, match="max_tokens: must be 1 or above; got 0"):
+        language.generate("x", max_tokens=0)
+    with pytest.raises(nemotron_h.NemotronError, match="temperature: must be 0 or above; got -1"):
+        language.generate("x", temperature=-1.0)
+    with pytest.raises(RequestError, match="stop: must not hold an empty string"):
+        language.generate("x", stop="")
+    with pytest.raises(RequestError, match=r"precision: must be one of bfloat16, float32; got 'int4'"):
+        load(folder, precision="int4")
+    save(build(), tmp_path / "ids")
+    with pytest.raises(RequestError, match=r"prompt: needs a tokenizer.json in the checkpoint folder"):
+        load(tmp_path / "ids").generate("x")
+    assert len(list(load(tmp_path / "ids").tokens([1, 2], max_tokens=4, ignore_end=True))) == 4
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(folder: Path, build: Build, tmp_path: Path) -> None:
+    small = Hybrid(replace(build().config, vocab_size=300))
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.zero_()
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: has 320 ids; the model's vocabulary is 300"):
+        save(small, tmp_path / "small", tokenizer=Tokenizer.load(folder))
+    assert not (tmp_path / "small").exists()
+    save(small, tmp_path / "small")
+    Tokenizer.load(folder).save(tmp_path / "small")
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: has 320 ids"):
+        load(tmp_path / "small")
+
+
+def test_an_empty_prompt_begins_a_text(language: LanguageModel) -> None:
+    assert language.prompt_ids("") == [language.model.config.bos_token_id]
+    assert isinstance(language.generate("", max_tokens=3, ignore_end=True), str)
+
+
+def test_bfloat16_is_the_default(folder: Path) -> None:
+    assert load(folder).model.compute_dtype == torch.bfloat16
+    assert load(folder, precision="float32").model.head_weight.dtype == torch.float32
