@@ -31,7 +31,7 @@ def random(dtype: torch.dtype = torch.float32, weight_dtype: torch.dtype = torch
     return hidden, weight, targets
 
 
-@pytest.mark.usefixtures("pieces")
+@pytest.mark.usefixtures("pieces", "form")
 def test_value_and_gradients_equal_the_definition() -> None:
     hidden, weight, targets = random()
     exact = [double(hidden), double(weight)]
@@ -58,7 +58,7 @@ def test_the_definition_is_the_formula() -> None:
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.usefixtures("pieces")
+@pytest.mark.usefixtures("pieces", "form")
 def test_bfloat16_products(weight_dtype: torch.dtype) -> None:
     hidden, weight, targets = random(torch.bfloat16, weight_dtype)
     exact = [double(hidden), double(weight.bfloat16())]  # the head is rounded to the dtype of the products
@@ -71,7 +71,7 @@ def test_bfloat16_products(weight_dtype: torch.dtype) -> None:
         assert_near(value, exact_value, 2**-6)  # softmax of logits up to 10 that have eight bits
 
 
-@pytest.mark.usefixtures("pieces")
+@pytest.mark.usefixtures("pieces", "form")
 def test_a_tied_head_gets_both_gradients() -> None:
     _, weight, targets = random()
     tokens = torch.randint(VOCAB, (ROWS,), generator=seeded(1))
@@ -82,7 +82,7 @@ def test_a_tied_head_gets_both_gradients() -> None:
     assert_near(got, want, 2e-6)
 
 
-@pytest.mark.usefixtures("pieces")
+@pytest.mark.usefixtures("pieces", "form")
 def test_only_one_gradient_wanted() -> None:
     hidden, weight, targets = random()
     for frozen in (hidden, weight):
@@ -95,7 +95,7 @@ def test_only_one_gradient_wanted() -> None:
         assert not cross_entropy(hidden, weight, targets).requires_grad
 
 
-@pytest.mark.usefixtures("pieces")
+@pytest.mark.usefixtures("pieces", "form")
 def test_nothing_to_learn_costs_nothing() -> None:
     hidden, weight, targets = random()
     value = cross_entropy(hidden, weight, torch.full_like(targets, IGNORED))
@@ -104,7 +104,7 @@ def test_nothing_to_learn_costs_nothing() -> None:
         assert (gradient == 0).all()
 
 
-@pytest.mark.usefixtures("pieces")
+@pytest.mark.usefixtures("pieces", "form")
 def test_large_logits_stay_finite() -> None:
     hidden, weight, targets = random()
     exact = [double(hidden), double(weight)]

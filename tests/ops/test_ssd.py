@@ -54,7 +54,7 @@ def defined(inputs: Inputs, A: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def chunked(
-    sequences: list[Inputs], starts: list[int], A: Tensor, boundary: Tensor | None
+    sequences: list[Inputs], starts: list[int], A: Tensor, boundary: Tensor | None, D: Tensor | None = None
 ) -> tuple[list[Tensor], Tensor | None, Tensor]:
     """Each sequence's tokens from its start on, the earlier ones carried as far as its chunk at hand goes back.
 
@@ -73,7 +73,7 @@ def chunked(
             values[chunk, :carried] = getattr(s, name)[start - carried : start]
     x, dt, B = chunks["x"].transpose(1, 2), chunks["dt"], chunks["B"].transpose(1, 2)
     queries = segments.spread_queries(rows("C")).transpose(1, 2)
-    y, moved = ssd(x, dt, A, B, queries, segments, boundary)
+    y, moved = ssd(x, dt, A, B, queries, segments, boundary, D=D)
     flat = segments.collect_queries(y.transpose(1, 2))
     ys = [flat[begin : begin + length] for begin, length in zip(segments.begins, segments.lengths, strict=True)]
     last = [first + count - 1 for first, count in zip(segments.chunk_begins, segments.chunks, strict=True)]
@@ -152,6 +152,17 @@ def test_a_token_alone_has_the_bits_of_the_whole() -> None:
         assert torch.equal(alone[0], whole[place]), place
 
 
+@pytest.mark.usefixtures("form")
+def test_d_adds_each_tokens_own_input() -> None:
+    A, D = decay_rates(), torch.randn(H, generator=seeded(9))
+    sequences = [Inputs.random(130, seed=11), Inputs.random(70, seed=12)]
+    got, _, _ = chunked(sequences, [0, 64], A, torch.zeros(2, H, P, N), D=D)
+    for inputs, start, y in zip(sequences, (0, 64), got, strict=True):
+        chunk = inputs.part((start - 1) // CHUNK * CHUNK if start else 0, len(inputs.x))
+        want = defined(chunk, A, torch.zeros(H, P, N))[0] + D.double()[:, None] * chunk.x.double()
+        assert_near(y, want[len(want) - len(y) :], ROUNDING)
+
+
 @pytest.mark.parametrize("place", [0, 1, 63, 64, 100, 306])
 @pytest.mark.usefixtures("form")
 def test_no_token_reads_a_later_one(place: int) -> None:
@@ -167,7 +178,8 @@ def test_no_token_reads_a_later_one(place: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "lengths", [[63], [64], [65], [129], [307], [128, 128], [1, 64, 130], pytest.param([1000], marks=pytest.mark.slow)]
+    "lengths",
+    [[1], [30], [63], [64], [65], [129], [307], [128, 128], [1, 64, 130], pytest.param([1000], marks=pytest.mark.slow)],
 )
 @pytest.mark.usefixtures("form")
 def test_gradients_equal_the_recurrences(lengths: list[int]) -> None:
@@ -175,17 +187,19 @@ def test_gradients_equal_the_recurrences(lengths: list[int]) -> None:
     sequences = [Inputs.random(length, seed=20 + i) for i, length in enumerate(lengths)]
     factors = [torch.randn(length, H, P, generator=seeded(3)) for length in lengths]
 
-    leaves = [t.requires_grad_() for s in sequences for t in (s.x, s.dt, s.B, s.C)] + [A]
-    ys, _, _ = chunked(sequences, [0] * len(lengths), A.requires_grad_(), None)
+    skip = torch.randn(H, generator=seeded(2))
+    leaves = [t.requires_grad_() for t in (*(t for s in sequences for t in (s.x, s.dt, s.B, s.C)), A, skip)]
+    ys, _, _ = chunked(sequences, [0] * len(lengths), A, None, D=skip)
     got = torch.autograd.grad(sum((y * factor).sum() for y, factor in zip(ys, factors, strict=True)), leaves)
 
     exact = [double(t) for t in leaves]
     wanted_loss = torch.zeros((), dtype=torch.float64)
     for index, factor in enumerate(factors):
-        y, _ = defined(Inputs(*exact[4 * index : 4 * index + 4]), exact[-1], torch.zeros(H, P, N))
+        own = Inputs(*exact[4 * index : 4 * index + 4])
+        y = defined(own, exact[-2], torch.zeros(H, P, N))[0] + exact[-1][:, None] * own.x
         wanted_loss = wanted_loss + (y * factor).sum()
     want = torch.autograd.grad(wanted_loss, exact)
-    names = [f"{name} of {i}" for i in range(len(lengths)) for name in ("x", "dt", "B", "C")] + ["A"]
+    names = [f"{name} of {i}" for i in range(len(lengths)) for name in ("x", "dt", "B", "C")] + ["A", "D"]
     for name, value, exact_value in zip(names, got, want, strict=True):
         # gradients of dt and A are differences of sums over the chunk, larger than what is left of them
         assert_near(value, exact_value, 1e-4 if name == "A" or "dt" in name else 2e-5, name)
