@@ -29,25 +29,33 @@ def new_folder(folder: Path, *, need_bytes: int = 0) -> Iterator[Path]:
         raise CheckpointError(f"{folder}: must not exist, nothing is written over; name another folder")
     partial = _hidden(folder)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        remove(partial)
-        free = shutil.disk_usage(folder.parent).free
-        if need_bytes > free:
-            raise CapacityError(
-                f"{folder}: needs {need_bytes:,} bytes of disk; {free:,} are free; free some or save elsewhere"
-            )
-        partial.mkdir()
-        yield partial
-        for file in partial.iterdir():
-            flush(file)
-        flush(partial)
-        partial.rename(folder)
-        flush(folder.parent)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CapacityError(f"{folder}: could not be written: {reason}; what was there is untouched") from error
+        with writing(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            remove(partial)
+            free = shutil.disk_usage(folder.parent).free
+            if need_bytes > free:
+                raise CapacityError(
+                    f"{folder}: needs {need_bytes:,} bytes of disk; {free:,} are free; free some or save elsewhere"
+                )
+            partial.mkdir()
+            yield partial
+            for file in partial.iterdir():
+                flush(file)
+            flush(partial)
+            partial.rename(folder)
+            flush(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file or folder where the disk does not take what is written. Raises: CapacityError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CapacityError(f"{path}: could not be written: {reason}; what was there is untouched") from error
 
 
 @contextmanager
@@ -93,9 +101,10 @@ def flush(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace one small file, whole or not at all."""
     partial = _hidden(path)
-    partial.write_text(text, encoding="utf-8")
-    flush(partial)
-    partial.replace(path)
+    with writing(path):
+        partial.write_text(text, encoding="utf-8")
+        flush(partial)
+        partial.replace(path)
 
 
 def _hidden(path: Path) -> Path:

@@ -20,6 +20,7 @@ from nemotron_h.errors import ConfigError
 T = TypeVar("T")
 
 STRICT = ConfigDict(extra="forbid", strict=True)
+UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")  # pydantic's words for it
 Lenient = Strict(False)  # for tuples, enums and paths, which TOML and JSON write as lists and strings
 
 
@@ -84,10 +85,12 @@ def nearest(name: str, known: list[str]) -> str:
 
 def one_line(error: ValidationError, known: list[str]) -> str:
     """The first complaint of a pydantic error, in our grammar: *what: rule; got value; do this.*"""
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    # an unknown name before a missing one: it may be the missing one, misspelt
+    first = next((one for one in errors if one["type"] in UNKNOWN), errors[0])
     name = ".".join(str(part) for part in first["loc"])
     match first["type"]:
-        case "unexpected_keyword_argument" | "extra_forbidden":
+        case unknown if unknown in UNKNOWN:
             return f"{name}: unknown setting; {nearest(name, known)}"
         case "missing" | "missing_keyword_only_argument":
             return f"{name}: must be given; got nothing"

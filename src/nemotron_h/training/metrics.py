@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nemotron_h.checkpoint.files import write_text
+from nemotron_h.checkpoint.files import write_text, writing
 
 
 class Metrics:
@@ -15,7 +15,7 @@ class Metrics:
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows(path) if row["step"] <= step))
 
     def add(self, **row: Any) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
 

@@ -1,0 +1,123 @@
+"""Text and ids out of a checkpoint."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemotron_h.checkpoint.load import load as load_model
+from nemotron_h.checkpoint.save import save
+from nemotron_h.inference.load import load
+
+Command = Callable[..., Any]
+
+
+@pytest.fixture
+def folder(checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoint, tmp_path / "m"))
+
+
+def test_ids_without_a_tokenizer(process: Callable[..., Any], folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    options = "--ids 5,9,13 --max-tokens 16 --temperature 0 --precision float32 --ignore-end --json"
+    ended = process("generate", folder, *options.split())
+    assert ended.code == 0, ended.err
+    ids = json.loads(ended.out)["ids"]
+    assert len(ids) == 16
+    assert ids == list(load(folder, precision="float32").tokens([5, 9, 13], max_tokens=16, ignore_end=True))
+
+
+def test_a_reader_that_leaves_ends_the_stream(checkpoint: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    arguments = ["generate", str(checkpoint), "x", "--max-tokens", "1000000", "--temperature", "1", "--ignore-end"]
+    line = [sys.executable, "-c", "from nemotron_h.cli import main; main()", *arguments]
+    done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert done.returncode == 1
+    assert "rror" not in done.stderr
+
+
+def test_text_as_it_comes_and_as_json(command: Command, folder: Path, tmp_path: Path) -> None:
+    options = ["--max-tokens", 30, "--temperature", 0.8, "--seed", 4, "--ignore-end"]
+    text = load(folder).generate("def f", max_tokens=30, temperature=0.8, seed=4, ignore_end=True)
+    assert text
+    assert command("generate", folder, "def f", *options).out == text + "\n"
+    assert json.loads(command("generate", folder, "def f", "--json", *options).out) == {"text": text}
+    (tmp_path / "prompt").write_text("def f")
+    assert command("generate", folder, "--prompt-file", tmp_path / "prompt", *options).out == text + "\n"
+    stop = text[10:13]
+    for extra in ([], ["--json"]):
+        ended = command("generate", folder, "def f", "--stop", stop, *extra, *options)
+        cut = text[: text.index(stop)]
+        assert ended.out == (json.dumps({"text": cut}) + "\n" if extra else cut + "\n")
+
+
+def test_ids_as_a_line(command: Command, folder: Path) -> None:
+    ended = command("generate", folder, "--ids", "5", "--max-tokens", 3, "--ignore-end")
+    assert len([int(part) for part in ended.out.split(",")]) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["x", "--temperature", "-1"], "temperature: must be 0 or above; got -1.0"),
+        (["x", "--top-p", "0"], "top_p: must lie above 0"),
+        (["x", "--top-k", "-3"], "top_k: must be 0 (all) or above; got -3"),
+        (["x", "--seed", "-3"], "seed: must lie in"),
+        (["x", "--max-tokens", "0"], "max_tokens: must be 1 or above; got 0"),
+        (["x", "--stop", ""], "stop: must not hold an empty string"),
+        (["x", "--precision", "int3"], "precision: must be one of bfloat16, float32; got 'int3'"),
+        ([], "prompt: must be given once"),
+        (["x", "--ids", "5"], "prompt: must be given once"),
+        (["--ids", "5,x"], "ids: must be whole numbers"),
+        (["--ids", ""], "ids: must be whole numbers"),
+        (["--ids", "5,320"], "ids: must be integers in 0..319; got 320 at place 1"),
+        (["--ids", "5", "--stop", "x"], "stop: needs a text prompt"),
+    ],
+)
+def test_what_cannot_be_honoured_is_one_line(
+    command: Command, checkpoint: Path, options: list[str], words: str
+) -> None:
+    ended = command("generate", checkpoint, *options)
+    assert ended.line.startswith(words)
+    assert ended.out == ""
+
+
+def test_a_prompt_file_that_is_not_utf8(command: Command, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt").write_bytes(b"abc\xff")
+    assert command("generate", checkpoint, "--prompt-file", tmp_path / "prompt").line == (
+        f"{tmp_path / 'prompt'}: must be UTF-8 text; got other bytes at place 3"
+    )
+    assert "No such file" in command("generate", checkpoint, "--prompt-file", tmp_path / "none").line
+
+
+def test_a_folder_that_is_no_checkpoint(command: Command, tmp_path: Path) -> None:
+    assert command("generate", tmp_path / "none", "x").line.startswith(f"{tmp_path / 'none'}: must be a checkpoint")
+    assert "config.json: must exist" in command("generate", tmp_path, "x").line
+
+
+def test_shards_that_are_missing_or_cut(command: Command, folder: Path, tmp_path: Path) -> None:
+    save(load_model(folder), tmp_path / "s", shard_bytes=4000)
+    shard = sorted((tmp_path / "s").glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert command("generate", tmp_path / "s", "--ids", "5").line.startswith(f"{shard}: must be a whole safetensors")
+    shard.unlink()
+    assert command("generate", tmp_path / "s", "--ids", "5").line.startswith(f"{shard}: must exist")
+
+
+def test_a_tokenizer_that_does_not_fit(command: Command, folder: Path, tmp_path: Path) -> None:
+    data = json.loads((folder / "tokenizer.json").read_text())
+    data["added_tokens"].append({**data["added_tokens"][-1], "id": 400, "content": "<SPECIAL_400>"})
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    assert command("generate", folder, "x").line.startswith(
+        "tokenizer.json: has 401 ids; the model's vocabulary is 320"
+    )
+    (folder / "tokenizer.json").write_text("{")
+    assert f"{folder / 'tokenizer.json'}: must be JSON" in command("generate", folder, "x").line
