@@ -51,6 +51,8 @@ def options(
 def main() -> None:
     """Run the command line; leave with its exit code."""
     arguments, debug = without_debug(sys.argv[1:])
+    # torch and the kernels have a pool of threads each: one that spins while it waits takes the other's cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     warnings.showwarning = lambda message, *rest, **more: print(f"note: {message}", file=sys.stderr)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without a letter of the text gets "?"
