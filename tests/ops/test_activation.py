@@ -65,8 +65,10 @@ def test_bits_depend_on_nothing_but_the_value(op: Op, count: int, threads: Calla
     threads(count)
     x = torch.randn(100_003, generator=seeded(1)) * 4
     whole = op(x)
-    for first in (1, 2, 5, 7, 50_001, 99_990):
-        assert torch.equal(op(x[first : first + 13].clone()), whole[first : first + 13])
+    for length in (1, 3, 7, 13, 31):
+        assert torch.equal(torch.cat([op(part.clone()) for part in x[:2000].split(length)]), whole[:2000])
+    for length in (70_003, 70_009, 99_999):  # where threads part the work, and where the last vector ends
+        assert torch.equal(op(x[:length].clone()), whole[:length])
 
 
 def test_dtypes() -> None:
