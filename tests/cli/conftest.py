@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import warnings
@@ -103,3 +104,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
     save(model, folder, tokenizer=tokenizer)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed process, unlike a power cut, loses nothing of what it wrote."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)

@@ -20,7 +20,7 @@ SMALL = [
     "train.steps=3",
     "train.sequence_length=64",
     "train.batch_size=1",
-    "train.checkpoint_every_steps=1",
+    "train.checkpoint_every_steps=2",
     "samples.max_tokens=4",
 ]
 
@@ -92,7 +92,7 @@ def killed(*arguments):
     if "{place}" == "before":
         die()
     if "{place}" == "inside":
-        loop._Run.save = lambda self: die() if self.step == 2 else save(self)
+        loop._Run.save = lambda self: die() if self.step == 3 else save(self)
     real(*arguments)
     die()
 stages.STAGES["{stage}"] = killed

@@ -1,3 +1,4 @@
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -78,3 +79,9 @@ def run(shard: Shard) -> Callable[..., Trained]:
 def one_thread(threads: Callable[[int], None]) -> None:
     """A model this small only waits for a second thread, most of all on a busy machine."""
     threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed process, unlike a power cut, loses nothing of what it wrote."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
