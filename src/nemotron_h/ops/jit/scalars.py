@@ -3,6 +3,7 @@
 Every lane of a vector and every tail computes the same operations, so a value's bits do not depend on its place.
 """
 
+import logging
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -16,6 +17,7 @@ try:
     import numba
     from llvmlite import ir
     from numba import types
+    from numba.core import event
     from numba.extending import intrinsic, overload
 except ImportError:  # the torch definitions run; said once, by `runs`
     numba = None
@@ -38,6 +40,24 @@ def runs(*tensors: Tensor) -> bool:
         return False
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
     return True
+
+
+if numba is not None:
+
+    class Compiling(event.Listener):  # type: ignore[misc]
+        """Says once that kernels are being compiled: the wait is for the first use on a machine."""
+
+        said = False
+
+        def on_start(self, event: Any) -> None:
+            if not self.said:
+                logging.getLogger("nemotron_h").info("compiling the CPU kernels, once on this machine")
+            self.said = True
+
+        def on_end(self, event: Any) -> None:
+            """Nothing."""
+
+    event.register("numba:compile", Compiling())
 
 
 def array(tensor: Tensor) -> Any:
