@@ -1,6 +1,6 @@
 """Read a prompt once, then go on from it in several ways: a state can be copied, and a copy is exact.
 
-    python examples/fork_a_state.py
+python examples/fork_a_state.py
 """
 
 import torch

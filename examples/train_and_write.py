@@ -1,6 +1,6 @@
 """Train a small hybrid on this folder's own Python files for a few steps, save it, load it, and let it write.
 
-    python examples/train_and_write.py [FOLDER WITH TEXTS]
+python examples/train_and_write.py [FOLDER WITH TEXTS]
 """
 
 import sys

@@ -29,6 +29,7 @@ from nemotron_h.training.loop import Progress, Trained
 from nemotron_h.training.metrics import rows
 
 Run = Callable[..., Trained]
+MUON: dict[str, Any] = {"optimizer": Optimizer.MUON, "matrix_learning_rate": 0.02}
 LAST = Path("checkpoints") / "step-00000040"
 
 
@@ -64,7 +65,7 @@ def lives(shard: Shard, folder: Path, config: TrainConfig, model: ModelConfig, *
     "changes",
     [
         {"optimizer": Optimizer.ADAMW, "precision": Precision.BFLOAT16},
-        {"optimizer": Optimizer.MUON, "accumulation": 2, "decay": Decay.STABLE},
+        MUON | {"accumulation": 2, "decay": Decay.STABLE, "decay_fraction": 0.5},
     ],
     ids=["adamw", "muon"],
 )
@@ -143,7 +144,7 @@ def test_a_signal_before_the_first_step_is_gone_on_from(
     ("changes", "words"),
     [
         ({"learning_rate": 1e-3}, "learning_rate: must be 0.003 to go on from"),
-        ({"optimizer": Optimizer.MUON}, "optimizer: must be 'adamw'"),
+        (MUON, "matrix_learning_rate: must be None"),
         ({"steps": 50}, "steps: must be 40"),
         ({"model": {"norm_epsilon": 1e-3}}, "model.norm_epsilon: must be 1e-05"),
         ({"model": {"layers": -1}}, "model.layers.3.intermediate_size: must be 48"),

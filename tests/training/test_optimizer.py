@@ -1,6 +1,7 @@
 """What decays, what MUON moves, and the state by name."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,11 @@ from nemotron_h.training.optimizer import load_state_tensors, optimizers, set_le
 UNDECAYED = ("A_log", "D", "dt_bias", "conv1d.bias", "norm.weight", "norm_f.weight")
 
 
+def chosen(optimizer: Optimizer) -> dict[str, Any]:
+    rate = 0.02 if optimizer is Optimizer.MUON else None
+    return {"optimizer": optimizer, "matrix_learning_rate": rate}
+
+
 def built(config: ModelConfig) -> Hybrid:
     model = Hybrid(config)
     initialise(model, 0)
@@ -27,7 +33,7 @@ def test_without_gradient_only_decay_moves(
 ) -> None:
     model = built(model_config)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    made = optimizers(model, replace(settings, optimizer=optimizer, weight_decay=0.25, matrix_learning_rate=0.02))
+    made = optimizers(model, replace(settings, **chosen(optimizer), weight_decay=0.25))
     set_learning_rate(made, 0.5)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -46,7 +52,7 @@ def test_without_gradient_only_decay_moves(
 def test_every_parameter_is_moved_once(model_config: ModelConfig, settings: TrainConfig) -> None:
     model = built(model_config)
     for optimizer in Optimizer:
-        made = optimizers(model, replace(settings, optimizer=optimizer))
+        made = optimizers(model, replace(settings, **chosen(optimizer)))
         moved = [p for one in made for group in one.param_groups for p in group["params"]]
         assert len(moved) == len(set(moved)) == len(list(model.parameters()))
     names = {p: name for name, p in model.named_parameters()}
@@ -60,7 +66,7 @@ def test_every_parameter_is_moved_once(model_config: ModelConfig, settings: Trai
 @pytest.mark.parametrize("optimizer", list(Optimizer))
 def test_state_by_name_and_back(model_config: ModelConfig, settings: TrainConfig, optimizer: Optimizer) -> None:
     """Two steps at once equal a step, a copy through names, and a step."""
-    config = replace(settings, optimizer=optimizer)
+    config = replace(settings, **chosen(optimizer))
     generator = torch.Generator().manual_seed(1)
     model = built(model_config)
     gradients = [[torch.randn(p.shape, generator=generator) for p in model.parameters()] for _ in range(2)]

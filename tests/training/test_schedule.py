@@ -1,10 +1,11 @@
 """The learning rate against its formula, written another way."""
 
 import math
+from typing import Any
 
 import pytest
 
-from nemotron_h.config.train import Decay, TrainConfig
+from nemotron_h.config.train import Decay, Optimizer, TrainConfig
 from nemotron_h.errors import ConfigError
 from nemotron_h.training.schedule import schedule
 
@@ -12,7 +13,8 @@ from nemotron_h.training.schedule import schedule
 @pytest.mark.parametrize("steps", [1, 2, 10, 97, 1000])
 @pytest.mark.parametrize("decay", list(Decay))
 def test_the_schedule_is_the_formula(steps: int, decay: Decay) -> None:
-    config = TrainConfig(steps=steps, warmup_fraction=0.1, decay=decay, decay_fraction=0.3)
+    fraction = 0.3 if decay is Decay.STABLE else None
+    config = TrainConfig(steps=steps, warmup_fraction=0.1, decay=decay, decay_fraction=fraction)
     warmup, falling = round(steps * 0.1), round(steps * 0.3)
     factor = schedule(config)
     for step in range(steps):
@@ -31,7 +33,8 @@ def test_the_schedule_is_the_formula(steps: int, decay: Decay) -> None:
 
 @pytest.mark.parametrize("decay", list(Decay))
 def test_up_to_the_peak_then_never_up_again(decay: Decay) -> None:
-    config = TrainConfig(steps=300, warmup_fraction=0.05, decay=decay, decay_fraction=0.8)
+    fraction = 0.8 if decay is Decay.STABLE else None
+    config = TrainConfig(steps=300, warmup_fraction=0.05, decay=decay, decay_fraction=fraction)
     values = [schedule(config)(step) for step in range(300)]
     top = values.index(max(values))
     assert values[top] == 1
@@ -62,3 +65,20 @@ def test_fractions_leave_room() -> None:
 def test_settings_are_refused_by_name(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"^{name}: must .*; got {value}"):
         TrainConfig(**{"steps": 10, name: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"decay_fraction": 0.2},
+            "decay_fraction: must be given with 'stable', and only with it; got 0.2 with 'cosine'",
+        ),
+        ({"decay": Decay.STABLE}, "decay_fraction: must be given with 'stable'.*; got None with 'stable'"),
+        ({"optimizer": Optimizer.MUON}, "matrix_learning_rate: must be given with 'muon'"),
+        ({"matrix_learning_rate": 0.02}, "matrix_learning_rate: .*; got 0.02 with 'adamw'"),
+    ],
+)
+def test_what_would_not_be_used_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{words}"):
+        TrainConfig(steps=10, **changes)

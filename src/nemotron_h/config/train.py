@@ -39,9 +39,9 @@ class TrainConfig:
     final_fraction: float = 0.01  # of the peak, at the last step
     warmup_fraction: float = 0.01  # of the steps, from nothing to the peak
     decay: Annotated[Decay, Lenient] = Decay.COSINE
-    decay_fraction: float = 0.2  # of the steps: the falling end of STABLE
+    decay_fraction: float | None = None  # of the steps: the falling end of STABLE, which needs it
     optimizer: Annotated[Optimizer, Lenient] = Optimizer.ADAMW
-    matrix_learning_rate: float = 0.02  # peak for what MUON moves
+    matrix_learning_rate: float | None = None  # peak for what MUON moves, which needs it
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -68,8 +68,9 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must be 1 or above; got {getattr(self, name)}")
         for name in ("learning_rate", "matrix_learning_rate", "epsilon", "clip_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name}: must be above 0 and finite; got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name}: must be above 0 and finite; got {value}")
         if not 0 <= self.weight_decay < math.inf:
             raise ConfigError(f"weight_decay: must be 0 or above, and finite; got {self.weight_decay}")
         if not 0 <= self.seed < 2**63:
@@ -77,11 +78,20 @@ class TrainConfig:
         for name in ("beta1", "beta2", "final_fraction", "warmup_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must lie in 0..1, 1 excluded; got {getattr(self, name)}")
-        if not 0 <= self.decay_fraction <= 1 - self.warmup_fraction:
+        if self.decay_fraction is not None and not 0 <= self.decay_fraction <= 1 - self.warmup_fraction:
             raise ConfigError(
                 f"decay_fraction: must leave room for warmup_fraction; got {self.decay_fraction} and "
                 f"{self.warmup_fraction}"
             )
+
+        for name, chosen, needs in (
+            ("decay_fraction", self.decay, Decay.STABLE),
+            ("matrix_learning_rate", self.optimizer, Optimizer.MUON),
+        ):
+            value = getattr(self, name)
+            if (value is not None) != (chosen == needs):
+                rule = f"must be given with {needs.value!r}, and only with it"
+                raise ConfigError(f"{name}: {rule}; got {value} with {chosen.value!r}")
 
     @property
     def warmup_steps(self) -> int:
@@ -89,7 +99,7 @@ class TrainConfig:
 
     @property
     def decay_steps(self) -> int:
-        return round(self.steps * self.decay_fraction)
+        return round(self.steps * (self.decay_fraction or 0))
 
     @property
     def step_tokens(self) -> int:

@@ -38,6 +38,7 @@ def optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimi
     )
     made: list[torch.optim.Optimizer] = [adamw]
     if matrices:
+        assert config.matrix_learning_rate is not None  # MUON needs it
         parameters = dict(named)
         made.append(
             torch.optim.Muon(
