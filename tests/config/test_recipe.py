@@ -52,6 +52,7 @@ def test_overrides_are_toml_values_or_plain_strings(file: Path) -> None:
         'stages=["train", "samples"]',
         "samples.max_tokens=7",
         "train.decay=stable",
+        "train.decay_fraction=0.5",
     ]
     recipe = read_recipe(str(file), overrides)
     assert (recipe.train.steps, recipe.train.learning_rate, recipe.train.decay.value) == (200, 1e-3, "stable")

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import pytest
 
 from nemotron_h.config.settings import Lenient, from_mapping, nearest, settings, to_mapping
-from nemotron_h.config.train import TrainConfig
+from nemotron_h.config.train import Decay, TrainConfig
 from nemotron_h.errors import ConfigError
 
 
@@ -85,7 +85,9 @@ def test_training_settings_are_checked(values: dict[str, Any], message: str) -> 
 
 
 def test_training_settings_in_tokens_and_steps() -> None:
-    config = TrainConfig(steps=200, batch_size=4, accumulation=2, sequence_length=512)
+    config = TrainConfig(
+        steps=200, batch_size=4, accumulation=2, sequence_length=512, decay=Decay.STABLE, decay_fraction=0.2
+    )
     assert (config.warmup_steps, config.decay_steps, config.step_tokens) == (2, 40, 4096)
 
 
