@@ -3,6 +3,8 @@
 Exit codes: 0 done, 1 our fault or nobody reads our output, 2 the user's, 130 and 143 interrupted and terminated.
 """
 
+import ctypes
+import logging
 import os
 import sys
 import warnings
@@ -53,6 +55,9 @@ def main() -> None:
     arguments, debug = without_debug(sys.argv[1:])
     # torch and the kernels have a pool of threads each: one that spins while it waits takes the other's cores
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    keep_freed_memory()
+    logging.basicConfig(format="note: %(message)s")
+    logging.getLogger("nemotron_h").setLevel(logging.INFO)
     warnings.showwarning = lambda message, *rest, **more: print(f"note: {message}", file=sys.stderr)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without a letter of the text gets "?"
@@ -70,6 +75,15 @@ def main() -> None:
         leave(f"{error.filename or 'output'}: {error.strerror or error}", 2, debug=debug)
     except Exception as error:  # the outermost loop: ours, said in a line
         leave(f"internal error: {type(error).__name__}: {error}; {DEBUG} shows where", 1, debug=debug)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what torch frees: faulting in fresh megabytes for each temporary costs more than computing it."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+        mallopt(trim_threshold, 2**30)
+        mallopt(mmap_threshold, 2**25)  # the largest that every glibc takes
 
 
 def leave(line: str, code: int, *, debug: bool) -> NoReturn:
