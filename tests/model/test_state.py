@@ -130,7 +130,7 @@ def check_batch_edges(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "dtype", "count"), ALL)
 def test_many_cuts_and_batches(name: str, dtype: torch.dtype, count: int, threads: Callable[[int], None]) -> None:
-    @settings(max_examples=60)
+    @settings(max_examples=20)
     @given(cuts=cuts_of, calls=ragged_calls)
     @torch.no_grad()
     def check(cuts: list[int], calls: list[list[int]]) -> None:
@@ -139,8 +139,14 @@ def test_many_cuts_and_batches(name: str, dtype: torch.dtype, count: int, thread
 
     threads(count)
     check()
-    with torch.no_grad():
-        check_cuts(name, dtype, 600, range(1, 600))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["4b", "47b", "56b", "t-8b", "ssm"])
+@torch.no_grad()
+def test_six_hundred_tokens_one_by_one(name: str, dtype: torch.dtype) -> None:
+    check_cuts(name, dtype, 600, range(1, 600))
 
 
 @torch.no_grad()
