@@ -127,10 +127,10 @@ def test_wrong_shapes_are_refused_by_name() -> None:
         cross_entropy(hidden, weight[:, :-1], targets)
 
 
-# Peak of resident memory over what is resident before, in a process of its own. The peak before counts too: if it was
-# higher than what is resident, the growth comes out larger, never smaller.
+# Peak of resident memory over what is resident before, in a process of its own. The peak is set back before: compiling
+# the kernels, the first time on a machine, takes more memory than they do.
 MEASURE = """
-import resource, sys, torch
+import sys, torch
 from nemotron_h.ops import loss
 compute, tokens = getattr(loss, sys.argv[1]), int(sys.argv[2])
 torch.set_num_threads(2)
@@ -139,12 +139,16 @@ compute(small, torch.randn(64, 256, requires_grad=True).to(small.dtype), torch.z
 hidden = torch.randn(tokens, 256).bfloat16().requires_grad_()
 weight = torch.randn(131072, 256).requires_grad_()
 targets = torch.randint(131072, (tokens,))
-with open("/proc/self/statm") as statm:
-    before = int(statm.read().split()[1]) * resource.getpagesize()
+def kibibytes(name):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(name))
+
+with open("/proc/self/clear_refs", "w") as peak:
+    peak.write("5")
+before = kibibytes("VmRSS")
 compute(hidden, weight if sys.argv[1] == "cross_entropy" else weight.to(hidden.dtype), targets).backward()
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 gradients = hidden.grad.nbytes + weight.grad.nbytes
-print(peak - before - gradients)
+print((kibibytes("VmHWM") - before) * 1024 - gradients)
 """
 
 
