@@ -34,8 +34,16 @@ MODEL = {"layers": (MlpConfig(intermediate_size=8),), "hidden_size": 32, "vocab_
         ),
         (AttentionConfig, ATTENTION | {"head_dim": 0}, r"^attention\.head_dim: must be at least 1; got 0"),
         (AttentionConfig, ATTENTION | {"rope_base": 1.0}, r"^attention\.rope_base: must be above 1; got 1"),
-        (AttentionConfig, ATTENTION | {"rope_fraction": 0.0}, r"^attention\.rope_fraction: must rotate an even number"),
-        (AttentionConfig, ATTENTION | {"rope_fraction": 0.2}, r"^attention\.rope_fraction: .* which rotates 3$"),
+        (
+            AttentionConfig,
+            ATTENTION | {"rope_base": 1e4, "rope_fraction": 0.0},
+            r"^attention\.rope_fraction: must rotate an even number",
+        ),
+        (
+            AttentionConfig,
+            ATTENTION | {"rope_base": 1e4, "rope_fraction": 0.2},
+            r"^attention\.rope_fraction: .* which rotates 3$",
+        ),
         (MlpConfig, {"intermediate_size": 0}, r"^mlp\.intermediate_size: must be at least 1; got 0$"),
         (ModelConfig, MODEL | {"layers": ()}, r"^layers: must hold at least one layer; got none$"),
         (ModelConfig, MODEL | {"hidden_size": 0}, r"^hidden_size: must be at least 1; got 0$"),

@@ -212,3 +212,19 @@ def test_a_model_without_some_kind_of_layer(tmp_path: Path) -> None:
             mlp=MlpConfig(intermediate_size=8),
         )
         assert from_published(to_published(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("tie_word_embeddings", "false"), ("num_hidden_layers", 3), ("time_step_limit", [True, 2])],
+)
+def test_a_value_of_the_wrong_kind_is_named(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"^{key}: must be"):
+        from_published(to_published(PRESETS["8b"]) | {key: value})
+
+
+@pytest.mark.parametrize("pattern", ["M", "-", "M-", "*"])
+def test_models_without_a_kind_of_layer_round_trip(pattern: str) -> None:
+    whole = PRESETS["3m"]
+    config = replace(whole, layers=tuple(whole.layers[whole.pattern.index(letter)] for letter in pattern))
+    assert from_published(to_published(config)) == config

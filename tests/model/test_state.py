@@ -1,6 +1,7 @@
 """One arithmetic: logits and states have the same bits however a prompt is cut and whoever is computed beside it."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise, product
 
 import pytest
@@ -10,8 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nemotron_h.config import cost
+from nemotron_h.config.presets import PRESETS
 from nemotron_h.errors import ShapeError
 from nemotron_h.model.hybrid import Hybrid
+from nemotron_h.model.init import initialise
 from nemotron_h.model.state import AttentionState, MambaState, State
 from tests.model.shapes import FAMILY, model, random_tokens
 
@@ -231,3 +234,24 @@ def test_another_number_of_sequences_is_refused() -> None:
         state.segments([1, 1, 1])
     with pytest.raises(ShapeError, match=r"^segments: must have lengths of 1 or more"):
         state.segments([1, 0])
+
+
+@pytest.mark.parametrize("pattern", ["M-", "*-"])
+def test_a_state_is_refused_where_gradients_are_wanted(pattern: str) -> None:
+    whole = PRESETS["3m"]
+    config = replace(whole, layers=tuple(whole.layers[whole.pattern.index(letter)] for letter in pattern))
+    net = Hybrid(config)
+    initialise(net, 0)
+    with pytest.raises(ShapeError, match=r"^state: must be None where gradients are wanted"):
+        net(torch.zeros(1, 3, dtype=torch.int64), net.empty_state(1))
+
+
+def test_one_key_value_head_keeps_its_bits_on_two_threads() -> None:
+    """A single head is a single task: the CPU operator would multiply it by several threads, with other bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.no_grad():
+            check_cuts("8b", torch.bfloat16, 600, range(1, 600))
+    finally:
+        torch.set_num_threads(before)

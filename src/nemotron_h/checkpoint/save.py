@@ -48,7 +48,7 @@ def write_model(
     if tokenizer is not None:
         check_fits(tokenizer, model.config.vocab_size)
         tokenizer.save(folder)
-    shards = _shards(dict(model.named_parameters()), dtype, shard_bytes)
+    shards = _shards(published_parameters(model), dtype, shard_bytes)
     if len(shards) == 1:
         _write(shards[0], folder / WEIGHTS, dtype)
         return
@@ -63,7 +63,13 @@ def write_model(
 
 def size_bytes(model: Hybrid, dtype: torch.dtype) -> int:
     """Of all weights in a checkpoint of that dtype."""
-    return sum(p.numel() * stored_dtype(name, dtype).itemsize for name, p in model.named_parameters())
+    return sum(p.numel() * stored_dtype(name, dtype).itemsize for name, p in published_parameters(model).items())
+
+
+def published_parameters(model: Hybrid) -> dict[str, Tensor]:
+    """By published name. A tied head is written too: transformers does not tie it by itself."""
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    return parameters | {"lm_head.weight": model.head_weight.clone()} if model.config.tied_embeddings else parameters
 
 
 def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:

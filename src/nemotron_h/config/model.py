@@ -61,9 +61,11 @@ class AttentionConfig:
             raise ConfigError(
                 f"attention.num_kv_heads: must divide num_heads; got {self.num_kv_heads} and {self.num_heads}"
             )
-        if self.rope_base is not None and self.rope_base <= 1:
+        if self.rope_base is None:
+            return
+        if not 1 < self.rope_base < math.inf:
             raise ConfigError(f"attention.rope_base: must be above 1; got {self.rope_base}")
-        if not 0 < self.rope_fraction <= 1 or self.rope_width % 2:
+        if not 0 < self.rope_fraction <= 1 or self.rope_width < 2 or self.rope_width % 2:
             raise ConfigError(
                 f"attention.rope_fraction: must rotate an even number of 1 to {self.head_dim} channels; "
                 f"got {self.rope_fraction}, which rotates {self.rope_width}"

@@ -111,9 +111,15 @@ class Keys:
 
     def number(self, key: str, default: float) -> float:
         value = self.any(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        if not _is_number(value):
             raise ConfigError(f"{key}: must be a number; got {value!r}")
         return float(value)
+
+    def boolean(self, key: str, *, default: bool) -> bool:
+        value = self.any(key, default)
+        if not isinstance(value, bool):
+            raise ConfigError(f"{key}: must be true or false; got {value!r}")
+        return value
 
     def any(self, key: str, default: Any = None) -> Any:
         self.asked.add(key)
@@ -123,6 +129,10 @@ class Keys:
         if value is None:
             raise ConfigError(f"{key}: must be given; got nothing")
         return value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -151,6 +161,8 @@ def from_published(values: Mapping[str, Any]) -> ModelConfig:
             raise UnsupportedError(f"{key}: must be {allowed[0]!r}; got {values[key]!r}")
     keys = Keys(values)
     pattern = pattern_of(keys)
+    if keys.integer("num_hidden_layers", len(pattern)) != len(pattern):
+        raise ConfigError(f"num_hidden_layers: must be the pattern's {len(pattern)}; got {values['num_hidden_layers']}")
     config = ModelConfig.from_pattern(
         pattern,
         hidden_size=keys.integer("hidden_size"),
@@ -159,7 +171,7 @@ def from_published(values: Mapping[str, Any]) -> ModelConfig:
         attention=attention_of(keys, rope=kind == ROPE_MODEL_TYPE) if ATTENTION in pattern else None,
         mlp=MlpConfig(intermediate_size=keys.integer("intermediate_size")) if MLP in pattern else None,
         max_positions=keys.integer("max_position_embeddings", 8192),
-        tied_embeddings=bool(keys.any("tie_word_embeddings", False)),
+        tied_embeddings=keys.boolean("tie_word_embeddings", default=False),
         norm_epsilon=epsilon_of(keys),
         **tokens_of(keys),
     )
@@ -211,7 +223,7 @@ def pattern_of(keys: Keys) -> str:
 
 def mamba_of(keys: Keys) -> MambaConfig:
     limit = keys.any("time_step_limit", [0.0, math.inf])
-    if not isinstance(limit, list | tuple) or len(limit) != 2 or not all(isinstance(x, int | float) for x in limit):
+    if not isinstance(limit, list | tuple) or len(limit) != 2 or not all(_is_number(x) for x in limit):
         raise ConfigError(f"time_step_limit: must be two numbers; got {limit!r}")
     low, high = (float(bound) for bound in limit)
     return MambaConfig(

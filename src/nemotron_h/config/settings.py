@@ -53,7 +53,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
 
 
 def to_mapping(config: object) -> dict[str, Any]:
-    """Plain values, as JSON has them: the inverse of `from_mapping`."""
+    """Plain values, as JSON has them. (`from_mapping` reads them back where no field is a choice of classes.)"""
     values: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
     return values
 

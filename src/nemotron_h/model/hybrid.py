@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nemotron_h.config.model import AttentionConfig, LayerConfig, MambaConfig, MlpConfig, ModelConfig
-from nemotron_h.errors import ShapeError
+from nemotron_h.errors import ShapeError, UnsupportedError
 from nemotron_h.model.attention import Attention
 from nemotron_h.model.linear import Linear
 from nemotron_h.model.mamba import Gain, Mamba
@@ -40,6 +40,9 @@ class Hybrid(nn.Module):
         device = torch.device(device)
         self.config = config
         self.compute_dtype = compute_dtype or dtype
+        for name, given in (("dtype", dtype), ("compute_dtype", self.compute_dtype)):
+            if given not in (torch.float32, torch.bfloat16):
+                raise UnsupportedError(f"{name}: must be torch.float32 or torch.bfloat16; got {given}")
         self.backbone = Backbone(config, dtype=dtype, device=device)
         if not config.tied_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype=dtype, device=device)
@@ -70,6 +73,8 @@ class Hybrid(nn.Module):
         """What the head reads, (rows, hidden): tokens (segments.tokens,) int64. The state moves on."""
         x = F.embedding(F.pad(tokens, (0, segments.rows - segments.tokens)), self.backbone.embeddings.weight)
         x = x.to(self.compute_dtype)
+        if state is not None and x.requires_grad:
+            raise ShapeError("state: must be None where gradients are wanted; got a state; use torch.no_grad()")
         for index, layer in enumerate(self.backbone.layers):
             x = layer(x, segments, state.layers[index] if state is not None else None, state and state.tables)
         if state is not None:

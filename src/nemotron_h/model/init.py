@@ -25,12 +25,17 @@ def initialise(model: Hybrid, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     std = math.sqrt(0.8 / model.config.hidden_size)
     output_std = std / math.sqrt(len(model.config.layers))
-    for name, parameter in model.named_parameters():
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        # a bias's bound follows from its weight's kernel
+        shaped = parameters[name.replace("conv1d.bias", "conv1d.weight")]
         with torch.no_grad():
-            parameter.copy_(_values(name, parameter, std, output_std, generator))
+            parameter.copy_(_values(name, parameter, shaped.shape[-1], std, output_std, generator))
 
 
-def _values(name: str, parameter: nn.Parameter, std: float, output_std: float, generator: torch.Generator) -> Tensor:
+def _values(
+    name: str, parameter: nn.Parameter, kernel: int, std: float, output_std: float, generator: torch.Generator
+) -> Tensor:
     shape = parameter.shape
 
     def uniform(low: float, high: float) -> Tensor:
@@ -45,7 +50,7 @@ def _values(name: str, parameter: nn.Parameter, std: float, output_std: float, g
             dt = uniform(math.log(1e-3), math.log(1e-1)).exp().clamp(min=1e-4)
             return dt + torch.log(-torch.expm1(-dt))
         case "conv1d.weight" | "conv1d.bias":
-            return uniform(-0.5, 0.5) if len(shape) == 1 else uniform(-1, 1) / math.sqrt(shape[-1])
+            return uniform(-1, 1) / math.sqrt(kernel)
         case output if output in OUTPUT_PROJECTIONS:
             return torch.randn(shape, generator=generator) * output_std
         case _ if len(shape) == 1:

@@ -33,7 +33,8 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     rows, width = hidden.shape
     expect(targets, "targets", (rows,), torch.int64)
     expect(weight, "weight", (weight.shape[0], width))
-    return _CrossEntropy.apply(hidden, weight, targets)  # type: ignore[no-any-return,no-untyped-call]
+    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _CrossEntropy.apply(hidden, weight, targets, wanted)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def cross_entropy_definition(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -43,11 +44,10 @@ def cross_entropy_definition(hidden: Tensor, weight: Tensor, targets: Tensor) ->
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, wanted: bool) -> Tensor:
         rows, vocab = hidden.shape[0], weight.shape[0]
         size = max(1, min(PIECE_ROWS, PIECE_BYTES // (4 * vocab)))
         buffer = torch.empty(min(size, rows), vocab, dtype=hidden.dtype, device=hidden.device)
-        wanted = any(ctx.needs_input_grad)
         if wanted:
             grad_hidden = torch.empty_like(hidden)
             grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
@@ -65,11 +65,11 @@ class _CrossEntropy(torch.autograd.Function):
         return losses.sum().float()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        if grad != 1:  # the gradients were made for a loss that counts once
-            grad_hidden, grad_weight = (t * grad.to(t.dtype) for t in (grad_hidden, grad_weight))
-        return grad_hidden, grad_weight, None
+        if grad != 1:  # the gradients were made for a loss that counts once; a float32 factor keeps their dtype
+            grad_hidden, grad_weight = grad_hidden * grad, grad_weight * grad
+        return grad_hidden, grad_weight, None, None
 
 
 def softmax_loss(logits: Tensor, targets: Tensor, losses: Tensor, *, wanted: bool) -> Tensor:

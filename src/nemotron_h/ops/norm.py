@@ -21,7 +21,7 @@ from nemotron_h.ops.shapes import expect
 
 def rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
     """x (rows, d) any float, gain (d). Returns x's dtype; computed in float32."""
-    expect(gain, "gain", x.shape[-1:])
+    expect(gain, "gain", tuple(x.shape[-1:]))
     if runs(x):
         return _RmsNorm.apply(x, gain, epsilon)  # type: ignore[no-any-return,no-untyped-call]
     return rms_norm_torch(x, gain, epsilon)
@@ -35,7 +35,7 @@ def rms_norm_torch(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
 def gated_rms_norm(y: Tensor, z: Tensor, gain: Tensor, num_groups: int, epsilon: float) -> Tensor:
     """y (rows, d) float32, z (rows, d) any float, gain (d). Returns z's dtype; computed in float32."""
     expect(y, "y", tuple(z.shape), torch.float32)
-    expect(gain, "gain", z.shape[-1:])
+    expect(gain, "gain", tuple(z.shape[-1:]))
     if runs(y, z):
         return _GatedRmsNorm.apply(y, z, gain, num_groups, epsilon)  # type: ignore[no-any-return,no-untyped-call]
     return gated_rms_norm_torch(y, z, gain, num_groups, epsilon)

@@ -38,7 +38,10 @@ def runs(*tensors: Tensor) -> bool:
     if numba is None:
         _said_once("numba is not installed: the torch definitions run instead of the CPU kernels, slower")
         return False
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    count = torch.get_num_threads()
+    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+    if torch.get_num_threads() != count:  # starting numba's threads sets torch's count too
+        torch.set_num_threads(count)
     return True
 
 
