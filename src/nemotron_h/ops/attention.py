@@ -97,13 +97,12 @@ def _attend(q: Tensor, blocks: Blocks, first: int) -> Tensor:
 
 def _block_call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """One block: the output and the log-sum-exp (1, heads, l) of each query, both float32."""
+    heads = q.shape[1]
     if q.device.type == "cpu":
-        if q.shape[1] == 1:  # one head alone is multiplied by several threads at once, with other bits: give it company
+        if heads == 1:  # one head alone is multiplied by several threads at once, with other bits: give it company
             q, k, v = (t.expand(-1, 2, -1, -1) for t in (q, k, v))
-            out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask)
-            return out[:, :1].float(), total[:, :1]
         out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask)
-        return out.float(), total
+        return out[:, :heads].float(), total[:, :heads]
     scores = (q.float() @ k.float().transpose(-1, -2)) / math.sqrt(q.shape[-1])
     if mask is not None:
         scores = scores + mask.float()
