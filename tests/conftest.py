@@ -1,16 +1,12 @@
 """What every test shares: no network, hypothesis that draws the same examples each time, threads that are put back."""
 
 import ipaddress
-import os
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from hypothesis import settings
-
-# As the command line has it, and before torch is imported: threads that spin while they wait slow each other down.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # derandomize: a run depends on the code alone. No deadline: the first call of a kernel compiles it.
 settings.register_profile("house", derandomize=True, deadline=None)

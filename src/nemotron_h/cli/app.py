@@ -53,8 +53,6 @@ def options(
 def main() -> None:
     """Run the command line; leave with its exit code."""
     arguments, debug = without_debug(sys.argv[1:])
-    # torch and the kernels have a pool of threads each: one that spins while it waits takes the other's cores
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     keep_freed_memory()
     logging.basicConfig(format="note: %(message)s")
     logging.getLogger("nemotron_h").setLevel(logging.INFO)

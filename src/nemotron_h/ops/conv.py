@@ -68,7 +68,7 @@ class _CausalConv(torch.autograd.Function):
         )
         out = torch.empty_like(x)
         owner, place = segments.owners.numpy(), segments.offsets.numpy()
-        jit.forward(array(x), array(before), owner, place, array(taps), array(gain), array(out))
+        jit.forward(len(x), array(x), array(before), owner, place, array(taps), array(gain), array(out))
         ctx.save_for_backward(x, weight, bias)
         ctx.segments = segments
         return out
@@ -80,7 +80,10 @@ class _CausalConv(torch.autograd.Function):
         grad_x = torch.empty_like(x)
         partial = torch.zeros(-(-len(x) // jit.STRIDE), len(taps) + 1, x.shape[1])
         place = ctx.segments.offsets.numpy()
-        jit.backward(array(x), place, array(taps), array(gain), array(grad.contiguous()), array(grad_x), array(partial))
+        jit.backward(
+            len(partial), array(x), place, array(taps), array(gain), array(grad.contiguous()), array(grad_x),
+            array(partial),
+        )  # fmt: skip
         sums = partial.double().sum(0)  # (kernel + 1, channels)
         return grad_x, sums[:-1].T[:, None].to(weight.dtype), sums[-1].to(bias.dtype), None, None
 

@@ -76,7 +76,7 @@ def softmax_loss(logits: Tensor, targets: Tensor, losses: Tensor, *, wanted: boo
     """Fill losses (rows,) float64 with -log softmax at the targets. Returns, where wanted, the gradient by the logits;
     it may stand in their place."""
     if runs(logits):
-        jit.softmax_loss(array(logits), targets.numpy(), losses.numpy(), wanted)
+        jit.softmax_loss(len(logits), array(logits), targets.numpy(), losses.numpy(), wanted)
         return logits
     return softmax_loss_torch(logits, targets, losses)
 

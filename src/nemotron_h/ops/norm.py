@@ -53,7 +53,7 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
         x, out = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
-        jit.forward(array(x), array(gain.float()), f(epsilon), array(out))
+        jit.forward(len(x), array(x), array(gain.float()), f(epsilon), array(out))
         ctx.save_for_backward(x, gain)
         ctx.epsilon = epsilon
         return out
@@ -61,10 +61,11 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, gain = ctx.saved_tensors
-        grad_x, partial = torch.empty_like(x), _pieces(x)
+        grad_x, partial = torch.empty_like(x), _parts(x)
         jit.backward(
-            array(x), array(gain.float()), f(ctx.epsilon), array(grad.contiguous()), array(grad_x), array(partial)
-        )
+            len(partial), array(x), array(gain.float()), f(ctx.epsilon), array(grad.contiguous()), array(grad_x),
+            array(partial),
+        )  # fmt: skip
         return grad_x, partial.double().sum(0).to(gain.dtype), None
 
 
@@ -72,7 +73,7 @@ class _GatedRmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, z: Tensor, gain: Tensor, num_groups: int, epsilon: float) -> Tensor:
         y, z, out = y.contiguous(), z.contiguous(), torch.empty(z.shape, dtype=z.dtype)
-        jit.gated_forward(array(y), array(z), array(gain.float()), num_groups, f(epsilon), array(out))
+        jit.gated_forward(len(y), array(y), array(z), array(gain.float()), num_groups, f(epsilon), array(out))
         ctx.save_for_backward(y, z, gain)
         ctx.settings = num_groups, epsilon
         return out
@@ -81,14 +82,14 @@ class _GatedRmsNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         y, z, gain = ctx.saved_tensors
         num_groups, epsilon = ctx.settings
-        grad_y, grad_z, partial = torch.empty_like(y), torch.empty_like(z), _pieces(y)
+        grad_y, grad_z, partial = torch.empty_like(y), torch.empty_like(z), _parts(y)
         jit.gated_backward(
-            array(y), array(z), array(gain.float()), num_groups, f(epsilon), array(grad.contiguous()),
+            len(partial), array(y), array(z), array(gain.float()), num_groups, f(epsilon), array(grad.contiguous()),
             array(grad_y), array(grad_z), array(partial),
         )  # fmt: skip
         return grad_y, grad_z, partial.double().sum(0).to(gain.dtype), None, None
 
 
-def _pieces(x: Tensor) -> Tensor:
-    """Room for each piece's part of the gain's gradient, to be added in float64."""
+def _parts(x: Tensor) -> Tensor:
+    """Room for each part's share of the gain's gradient, to be added in float64."""
     return torch.zeros(-(-x.shape[0] // jit.STRIDE), x.shape[1])

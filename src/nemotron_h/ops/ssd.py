@@ -144,7 +144,7 @@ class _Ssd(torch.autograd.Function):
         c, h, _, p = x.shape
         g, m, n = C.shape[1:]
         x, C = x.contiguous().view(-1, p), C.contiguous().view(-1, n)
-        B = B.transpose(2, 3).contiguous().view(-1, CHUNK)  # (c g n, CHUNK)
+        B = B.contiguous().view(-1, n)
         dt, a = dt.view(-1, CHUNK), a.view(-1, CHUNK)
         first, counts = (np.array(t) for t in (segments.chunk_begins, segments.chunks))
         start = None if boundary is None else boundary.transpose(2, 3).contiguous().view(-1, p)  # (s h n, p)
@@ -152,13 +152,13 @@ class _Ssd(torch.autograd.Function):
         after = None
         if max(segments.chunks) > 1:
             added, before = torch.empty(c * h * n, p), torch.empty(c * h * n, p)
-            jit.writes(array(x), array(dt), array(a), array(B), h // g, array(added))
+            jit.writes(c * h, array(x), array(dt), array(a), array(B), h // g, array(added))
             start = torch.zeros(len(segments) * h * n, p) if start is None else start.clone()
-            jit.pass_on(array(added), array(a), first, counts, h, array(start), array(before))
+            jit.pass_on(len(segments) * h, array(added), array(a), first, counts, h, array(start), array(before))
             after = start.view(-1, h, n, p).transpose(2, 3)
         y = torch.empty(c * m, h * p)
         jit.outputs(
-            array(x), array(dt), array(a), array(B), array(C), array(D.contiguous()), array(before), h // g,
+            c * g, array(x), array(dt), array(a), array(B), array(C), array(D.contiguous()), array(before), h // g,
             segments.query_begins.numpy(), segments.new_begins.numpy(), segments.query_counts.numpy(), array(y),
         )  # fmt: skip
         ctx.save_for_backward(x, dt, a, B, C, D, before)
@@ -175,15 +175,17 @@ class _Ssd(torch.autograd.Function):
         by_x, by_B, by_C, by_D = torch.empty_like(x), torch.empty_like(B), torch.empty_like(C), torch.empty(c * h)
         by_dt, by_a, by_writes = torch.zeros_like(dt), torch.zeros_like(a), torch.empty_like(before)
         if len(before):
-            jit.states_gradient(array(a), array(C), array(by_y), h // g, h, array(by_writes))
-            jit.pass_back(array(before), array(a), *ctx.chunks, h, array(by_writes), array(by_a))
+            jit.states_gradient(c * h, array(a), array(C), array(by_y), h // g, h, array(by_writes))
+            jit.pass_back(
+                len(ctx.chunks[0]) * h, array(before), array(a), *ctx.chunks, h, array(by_writes), array(by_a)
+            )
         inputs = (array(t) for t in (x, dt, a, B, C, D.contiguous(), before, by_writes, by_y))
-        jit.gradient(*inputs, h // g, *(array(t) for t in (by_x, by_dt, by_a, by_B, by_C, by_D)))
+        jit.gradient(c * g, *inputs, h // g, *(array(t) for t in (by_x, by_dt, by_a, by_B, by_C, by_D)))
         return (
             by_x.view(c, h, CHUNK, p),
             by_dt.view(c, h, CHUNK),
             by_a.view(c, h, CHUNK),
-            by_B.view(c, g, n, CHUNK).transpose(2, 3),
+            by_B.view(c, g, CHUNK, n),
             by_C.view(c, g, m, n),
             by_D.view(c, h).double().sum(0).float(),
             None,

@@ -8,23 +8,26 @@ from typing import Any
 
 import numpy as np
 
-from nemotron_h.ops.jit.scalars import f, kernel, prange, read, sigmoid, write
+from nemotron_h.ops.jit.kernels import kernel
+from nemotron_h.ops.jit.scalars import f, read, sigmoid, write
+from nemotron_h.ops.jit.tiles import clear
 
-STRIDE = 64  # rows of one piece of the gradient: its scratch stays in cache
+STRIDE = 64  # rows of one part of the gradient: its scratch stays in cache
 
 
-@kernel
-def forward(x: Any, carried: Any, owner: Any, place: Any, taps: Any, bias: Any, out: Any) -> None:
+@kernel(16)
+def forward(
+    start: Any, stop: Any, x: Any, carried: Any, owner: Any, place: Any, taps: Any, bias: Any, out: Any
+) -> None:
     """carried (segments * (kernel - 1), channels): the inputs before each segment."""
-    rows, channels = out.shape
-    width = taps.shape[0]
-    for t in prange(rows):
-        total = bias.copy()
-        for k in range(width):
+    width, channels = taps.shape
+    total = np.empty(channels, np.float32)
+    for t in range(start, stop):
+        for j in range(channels):
+            total[j] = bias[j] if place[t] >= 0 else f(0)
+        for k in range(width if place[t] >= 0 else 0):
             back = width - 1 - k
-            if place[t] < 0:
-                total[:] = f(0)
-            elif place[t] >= back:
+            if place[t] >= back:
                 for j in range(channels):
                     total[j] += read(x, t - back, j) * taps[k, j]
             else:
@@ -35,17 +38,19 @@ def forward(x: Any, carried: Any, owner: Any, place: Any, taps: Any, bias: Any, 
             write(out, t, j, total[j] * sigmoid(total[j]))
 
 
-@kernel
-def backward(x: Any, place: Any, taps: Any, bias: Any, grad: Any, grad_x: Any, partial: Any) -> None:
-    """Of segments with nothing before them. partial (pieces, kernel + 1, channels) float32, zeros: each piece of STRIDE
-    rows adds its part of the taps' gradients and, last, the bias's."""
+@kernel(1)
+def backward(
+    start: Any, stop: Any, x: Any, place: Any, taps: Any, bias: Any, grad: Any, grad_x: Any, partial: Any
+) -> None:
+    """Of segments with nothing before them. partial (parts, kernel + 1, channels) float32, zeros: each part of STRIDE
+    rows adds its share of the taps' gradients and, last, the bias's."""
     rows, channels = grad.shape
-    width = taps.shape[0]
-    for piece in prange(partial.shape[0]):
-        first = piece * STRIDE
+    width, total = len(taps), np.empty(channels, np.float32)
+    slope = np.zeros((STRIDE + width - 1, channels), np.float32)  # before the SiLU, rows of the next part included
+    for part in range(start, stop):
+        first = part * STRIDE
         last = min(first + STRIDE, rows)
-        slope = np.zeros((STRIDE + width - 1, channels), np.float32)  # before the SiLU, rows of the next piece included
-        total = np.empty(channels, np.float32)
+        clear(slope)
         for t in range(first, min(last + width - 1, rows)):
             if place[t] < 0:
                 continue
@@ -62,12 +67,14 @@ def backward(x: Any, place: Any, taps: Any, bias: Any, grad: Any, grad_x: Any, p
         for t in range(first, last):
             for j in range(channels):
                 total[j] = f(0)
-                partial[piece, width, j] += slope[t - first, j]
+            for j in range(channels):
+                partial[part, width, j] += slope[t - first, j]
             for k in range(width):
                 ahead = width - 1 - k  # tap k of the output that many rows on reads row t
                 if t + ahead < rows and place[t + ahead] >= ahead:
                     for j in range(channels):
                         total[j] += slope[t - first + ahead, j] * taps[k, j]
-                        partial[piece, k, j] += slope[t - first + ahead, j] * read(x, t, j)
+                    for j in range(channels):
+                        partial[part, k, j] += slope[t - first + ahead, j] * read(x, t, j)
             for j in range(channels):
                 write(grad_x, t, j, total[j])

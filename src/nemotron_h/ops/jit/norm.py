@@ -8,107 +8,117 @@ from typing import Any
 
 import numpy as np
 
-from nemotron_h.ops.jit.scalars import f, inline, kernel, prange, read, sigmoid, write
+from nemotron_h.ops.jit.kernels import kernel
+from nemotron_h.ops.jit.scalars import compile_once, f, piece, read, sigmoid, write
 
 LANES = 16
-STRIDE = 64  # rows of one piece of the gain's gradient
+STRIDE = 64  # rows of one part of the gain's gradient
 
 
-@inline
-def dot(a, b):  # type: ignore[no-untyped-def]
-    """Sum of a * b over vectors of float32."""
+@piece
+def dot(a, b, first, last):  # type: ignore[no-untyped-def]
+    """Sum of a * b from first to before last, float32."""
+    compile_once()
     lanes = np.zeros(LANES, np.float32)
-    whole = len(a) // LANES * LANES
-    for j in range(0, whole, LANES):
+    whole = first + (last - first) // LANES * LANES
+    for j in range(first, whole, LANES):
         for k in range(LANES):
             lanes[k] += a[j + k] * b[j + k]
     total = f(0)
     for k in range(LANES):
         total += lanes[k]
-    for j in range(whole, len(a)):
+    for j in range(whole, last):
         total += a[j] * b[j]
     return total
 
 
-@kernel
-def forward(x: Any, gain: Any, epsilon: Any, out: Any) -> None:
+@kernel(16)
+def forward(start: Any, stop: Any, x: Any, gain: Any, epsilon: Any, out: Any) -> None:
     """out = gain * x / sqrt(mean(x^2) + epsilon)."""
-    rows, channels = out.shape
-    for t in prange(rows):
-        row = np.empty(channels, np.float32)
+    channels = out.shape[1]
+    row = np.empty(channels, np.float32)
+    for t in range(start, stop):
         for j in range(channels):
             row[j] = read(x, t, j)
-        scale = f(1) / np.sqrt(dot(row, row) / f(channels) + epsilon)
+        scale = f(1) / np.sqrt(dot(row, row, 0, channels) / f(channels) + epsilon)
         for j in range(channels):
             write(out, t, j, row[j] * scale * gain[j])
 
 
-@kernel
-def backward(x: Any, gain: Any, epsilon: Any, grad: Any, grad_x: Any, partial: Any) -> None:
-    """partial (pieces, channels) float32, zeros: each piece of STRIDE rows adds its part of the gain's gradient."""
+@kernel(1)
+def backward(start: Any, stop: Any, x: Any, gain: Any, epsilon: Any, grad: Any, grad_x: Any, partial: Any) -> None:
+    """partial (parts, channels) float32, zeros: each part of STRIDE rows adds its share of the gain's gradient."""
     rows, channels = grad.shape
-    for piece in prange(partial.shape[0]):
-        row, slope = np.empty(channels, np.float32), np.empty(channels, np.float32)
-        sums = np.zeros(channels, np.float32)
-        for t in range(piece * STRIDE, min((piece + 1) * STRIDE, rows)):
+    row, slope = np.empty(channels, np.float32), np.empty(channels, np.float32)
+    for part in range(start, stop):
+        for t in range(part * STRIDE, min((part + 1) * STRIDE, rows)):
             for j in range(channels):
                 row[j] = read(x, t, j)
-            scale = f(1) / np.sqrt(dot(row, row) / f(channels) + epsilon)
+            scale = f(1) / np.sqrt(dot(row, row, 0, channels) / f(channels) + epsilon)
             for j in range(channels):
-                given = read(grad, t, j)
-                slope[j] = given * gain[j]
-                sums[j] += given * row[j] * scale
-            pull = dot(slope, row) * scale * scale / f(channels)
+                slope[j] = read(grad, t, j)
+            for j in range(channels):
+                partial[part, j] += slope[j] * row[j] * scale
+            for j in range(channels):
+                slope[j] *= gain[j]
+            pull = dot(slope, row, 0, channels) * scale * scale / f(channels)
             for j in range(channels):
                 write(grad_x, t, j, scale * (slope[j] - row[j] * pull))
-        partial[piece, :] = sums
 
 
-@kernel
-def gated_forward(y: Any, z: Any, gain: Any, groups: Any, epsilon: Any, out: Any) -> None:
+@kernel(16)
+def gated_forward(start: Any, stop: Any, y: Any, z: Any, gain: Any, groups: Any, epsilon: Any, out: Any) -> None:
     """v = y * silu(z); each group of v normed by itself; times the gain."""
-    rows, channels = out.shape
+    channels = out.shape[1]
     width = channels // groups
-    for t in prange(rows):
-        row = np.empty(channels, np.float32)
+    row = np.empty(channels, np.float32)
+    for t in range(start, stop):
         for j in range(channels):
             gate = read(z, t, j)
             row[j] = y[t, j] * (gate * sigmoid(gate))
-        scales = np.empty(channels, np.float32)
-        for group in range(groups):
-            part = row[group * width : (group + 1) * width]
-            scales[group * width : (group + 1) * width] = f(1) / np.sqrt(dot(part, part) / f(width) + epsilon)
-        for j in range(channels):
-            write(out, t, j, row[j] * scales[j] * gain[j])
+        for first in range(0, channels, width):
+            scale = f(1) / np.sqrt(dot(row, row, first, first + width) / f(width) + epsilon)
+            for j in range(first, first + width):
+                write(out, t, j, row[j] * scale * gain[j])
 
 
-@kernel
+@kernel(1)
 def gated_backward(
-    y: Any, z: Any, gain: Any, groups: Any, epsilon: Any, grad: Any, grad_y: Any, grad_z: Any, partial: Any
+    start: Any,
+    stop: Any,
+    y: Any,
+    z: Any,
+    gain: Any,
+    groups: Any,
+    epsilon: Any,
+    grad: Any,
+    grad_y: Any,
+    grad_z: Any,
+    partial: Any,
 ) -> None:
-    """partial (pieces, channels) float32, zeros, as in `backward`."""
+    """partial (parts, channels) float32, zeros, as in `backward`."""
     rows, channels = grad.shape
     width = channels // groups
-    for piece in prange(partial.shape[0]):
-        row, slope = np.empty(channels, np.float32), np.empty(channels, np.float32)
-        sums = np.zeros(channels, np.float32)
-        scales, pulls = np.empty(channels, np.float32), np.empty(channels, np.float32)
-        for t in range(piece * STRIDE, min((piece + 1) * STRIDE, rows)):
+    row, slope, gates = np.empty(channels, np.float32), np.empty(channels, np.float32), np.empty(channels, np.float32)
+    for part in range(start, stop):
+        for t in range(part * STRIDE, min((part + 1) * STRIDE, rows)):
             for j in range(channels):
                 gate = read(z, t, j)
-                row[j] = y[t, j] * (gate * sigmoid(gate))
-                slope[j] = read(grad, t, j) * gain[j]
-            for group in range(groups):
-                first, last = group * width, (group + 1) * width
-                part = row[first:last]
-                scale = f(1) / np.sqrt(dot(part, part) / f(width) + epsilon)
-                scales[first:last] = scale
-                pulls[first:last] = dot(slope[first:last], part) * scale * scale / f(width)
+                gates[j] = sigmoid(gate)
+                row[j] = y[t, j] * (gate * gates[j])
             for j in range(channels):
-                sums[j] += read(grad, t, j) * row[j] * scales[j]
-                below = scales[j] * (slope[j] - row[j] * pulls[j])
-                gate = read(z, t, j)
-                open_ = sigmoid(gate)
-                grad_y[t, j] = below * gate * open_
-                write(grad_z, t, j, below * y[t, j] * open_ * (f(1) + gate * (f(1) - open_)))
-        partial[piece, :] = sums
+                slope[j] = read(grad, t, j)
+            for first in range(0, channels, width):
+                last = first + width
+                scale = f(1) / np.sqrt(dot(row, row, first, last) / f(width) + epsilon)
+                for j in range(first, last):
+                    partial[part, j] += slope[j] * row[j] * scale
+                for j in range(first, last):
+                    slope[j] *= gain[j]
+                pull = dot(slope, row, first, last) * scale * scale / f(width)
+                for j in range(first, last):
+                    slope[j] = scale * (slope[j] - row[j] * pull)  # by what the gate let through
+            for j in range(channels):
+                grad_y[t, j] = slope[j] * read(z, t, j) * gates[j]
+            for j in range(channels):
+                write(grad_z, t, j, slope[j] * y[t, j] * gates[j] * (f(1) + read(z, t, j) * (f(1) - gates[j])))

@@ -3,7 +3,6 @@
 Every lane of a vector and every tail computes the same operations, so a value's bits do not depend on its place.
 """
 
-import logging
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -17,17 +16,15 @@ try:
     import numba
     from llvmlite import ir
     from numba import types
-    from numba.core import event
     from numba.extending import intrinsic, overload
 except ImportError:  # the torch definitions run; said once, by `runs`
     numba = None
 
 f = np.float32
-prange = range if numba is None else numba.prange
 
 
 @cache
-def _said_once(reason: str) -> None:
+def said_once(reason: str) -> None:
     warnings.warn(reason, stacklevel=3)
 
 
@@ -36,31 +33,9 @@ def runs(*tensors: Tensor) -> bool:
     if any(t.device.type != "cpu" or t.dtype not in (torch.float32, torch.bfloat16) for t in tensors):
         return False
     if numba is None:
-        _said_once("numba is not installed: the torch definitions run instead of the CPU kernels, slower")
+        said_once("numba is not installed: the torch definitions run instead of the CPU kernels, slower")
         return False
-    count = torch.get_num_threads()
-    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
-    if torch.get_num_threads() != count:  # starting numba's threads sets torch's count too
-        torch.set_num_threads(count)
     return True
-
-
-if numba is not None:
-
-    class Compiling(event.Listener):  # type: ignore[misc]
-        """Says once that kernels are being compiled: the wait is for the first use on a machine."""
-
-        said = False
-
-        def on_start(self, event: Any) -> None:
-            if not self.said:
-                logging.getLogger("nemotron_h").info("compiling the CPU kernels, once on this machine")
-            self.said = True
-
-        def on_end(self, event: Any) -> None:
-            """Nothing."""
-
-    event.register("numba:compile", Compiling())
 
 
 def array(tensor: Tensor) -> Any:
@@ -69,32 +44,16 @@ def array(tensor: Tensor) -> Any:
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def kernel(function: Callable[..., None]) -> Callable[..., None]:
-    """Compile for all cores at first use, and keep the machine code on disk."""
-    if numba is None:
-        return function
-    compiled: Callable[..., None] = numba.njit(parallel=True, error_model="numpy", cache=True)(function)
-    return compiled
-
-
 def inline(function: Callable[..., Any]) -> Any:
-    """A piece of a kernel."""
+    """A formula within a kernel."""
     return function if numba is None else numba.njit(inline="always", error_model="numpy")(function)
 
 
-def contracted(function: Callable[..., None]) -> Callable[..., None]:
-    """A kernel in which a multiplication and the addition after it round once."""
+def piece(function: Callable[..., Any]) -> Any:
+    """A function that kernels call."""
     if numba is None:
         return function
-    compiled: Callable[..., None] = numba.njit(parallel=True, error_model="numpy", cache=True, fastmath={"contract"})(
-        function
-    )
-    return compiled
-
-
-def contracted_piece(function: Callable[..., Any]) -> Any:
-    """A function that such kernels call."""
-    return function if numba is None else numba.njit(error_model="numpy", fastmath={"contract"}, cache=True)(function)
+    return numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
 
 
 if numba is not None:
@@ -110,6 +69,16 @@ if numba is not None:
         return types.uint32(types.float32), lambda context, builder, signature, args: builder.bitcast(
             args[0], ir.IntType(32)
         )
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def compile_once(typing):  # type: ignore[no-untyped-def]
+        """Said in a piece: callers call it, instead of each compiling a copy of its own, which takes seconds."""
+
+        def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            builder.function.attributes.add("noinline")
+            return context.get_dummy_value()
+
+        return types.void(), generate
 
 
 @inline

@@ -1,0 +1,159 @@
+"""A kernel: a function of a range of tasks, compiled at first use, whose tasks torch's own threads share.
+
+One pool of threads serves torch and the kernels: a second one (numba's, or Python's) would take the cores from torch's
+threads, which spin while they wait for the next operation. So a kernel is handed to the OpenMP runtime that torch has
+loaded, through the entry point that compilers use. A task depends on nothing but its number: bits do not depend on the
+threads.
+"""
+
+import ctypes
+import hashlib
+import logging
+from collections.abc import Callable
+from functools import cache, wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemotron_h.ops.jit.scalars import numba, said_once
+
+ENTRIES = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+
+
+def kernel(least: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Of function(start, stop, ...), the tasks from start to before stop: a function of (count, ...), all tasks.
+
+    Fewer than 2 * least tasks are not worth a second thread.
+    """
+
+    def made(function: Callable[..., None]) -> Callable[..., None]:
+        if numba is None:
+            return function
+        launch = launcher(function)
+
+        @wraps(function)
+        def run(count: int, *rest: Any) -> None:
+            if not SHARED:
+                said_once(
+                    "torch's threads are out of reach here (no OpenMP library of GNU's kind): kernels take one core"
+                )
+            launch(count, torch.get_num_threads() if SHARED and count >= 2 * least else 1, *rest)
+
+        return run
+
+    return made
+
+
+def runtime() -> ctypes.CDLL | None:
+    """The OpenMP library that torch has loaded, where it has GNU's entry points."""
+    try:
+        maps = Path("/proc/self/maps").read_text().split()
+    except OSError:  # not Linux
+        maps = [str(path) for path in (Path(torch.__file__).parent / "lib").glob("libomp.*")]
+    loaded = {path for path in maps if Path(path).name.startswith(("libgomp", "libomp", "libiomp"))}
+    for path in sorted(loaded, key=lambda path: ("torch" not in path, path)):
+        library = ctypes.CDLL(path)
+        if all(hasattr(library, entry) for entry in ENTRIES):
+            return library
+    return None
+
+
+if numba is not None:
+    import llvmlite.binding
+    from llvmlite import ir
+    from numba import types
+    from numba.core import cgutils, event
+    from numba.extending import intrinsic
+
+    SHARED = (library := runtime()) is not None
+    if library is not None:
+        for entry in ENTRIES:
+            address = ctypes.cast(getattr(library, entry), ctypes.c_void_p).value
+            llvmlite.binding.add_symbol(entry, address)
+
+    class Compiling(event.Listener):  # type: ignore[misc]
+        """Says once that kernels are being compiled: the wait is for the first use on a machine."""
+
+        said = False
+
+        def on_start(self, event: Any) -> None:
+            if not self.said:
+                logging.getLogger("nemotron_h").info("compiling the CPU kernels, once on this machine")
+            self.said = True
+
+        def on_end(self, event: Any) -> None:
+            """Nothing."""
+
+    event.register("numba:compile", Compiling())
+
+    def launcher(function: Callable[..., None]) -> Any:
+        """function(start, stop, ...) as compiled code of (count, threads, ...), kept on disk beside the kernel's file
+        under a name that says which sources it was made from."""
+        task = numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+        name = f"{function.__name__}_{sources()}"
+        namespace: dict[str, Any] = {"__name__": function.__module__, "share": share, "task": task}
+        source = f"def {name}(count, threads, *rest):\n    share(task, count, threads, rest)\n"
+        exec(compile(source, function.__code__.co_filename, "exec"), namespace)
+        return numba.njit(error_model="numpy", nogil=True, cache=True)(namespace[name])
+
+    @cache
+    def sources() -> str:
+        """What the kernels are made from, in ten letters: numba's own cache watches one file of them."""
+        texts = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+        return hashlib.sha256(b"".join(texts) + bytes([SHARED])).hexdigest()[:10]
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def share(typing, task, count, threads, rest):  # type: ignore[no-untyped-def]
+        """task(start, stop, *rest) on each of so many threads, each its part of 0..count."""
+        of_task = task.get_call_type(typing, (types.int64, types.int64, *rest.types), {})
+        word, number = ir.IntType(64), ir.IntType(32)
+
+        def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            compiled = task.dispatcher.get_compile_result(of_task)
+            context.active_code_library.add_linking_library(compiled.library)
+            module = builder.module
+            function = context.declare_function(module, compiled.fndesc)
+            _, count, threads, rest = args
+            values = [count, *cgutils.unpack_tuple(builder, rest)]
+
+            # void part(data): what one thread does, data being the values
+            held = ir.LiteralStructType([value.type for value in values])
+            part = ir.Function(module, ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t]), module.name + ".part")
+            part.linkage = "internal"
+            inside = ir.IRBuilder(part.append_basic_block())
+            given = inside.bitcast(part.args[0], held.as_pointer())
+            count, *rest = (inside.load(cgutils.gep_inbounds(inside, given, 0, k)) for k in range(len(values)))
+            if SHARED:
+                place, parts = (
+                    inside.sext(
+                        inside.call(cgutils.get_or_insert_function(module, ir.FunctionType(number, []), entry), []),
+                        word,
+                    )
+                    for entry in ENTRIES[1:]
+                )
+            else:
+                place, parts = word(0), word(1)
+            start = inside.sdiv(inside.mul(count, place), parts)
+            stop = inside.sdiv(inside.mul(count, inside.add(place, word(1))), parts)
+            context.call_conv.call_function(inside, function, types.none, of_task.args, [start, stop, *rest])
+            inside.ret_void()
+
+            data = cgutils.alloca_once(builder, held)
+            for index, value in enumerate(values):
+                builder.store(value, cgutils.gep_inbounds(builder, data, 0, index))
+            data = builder.bitcast(data, cgutils.voidptr_t)
+            alone = builder.icmp_signed("==", threads, word(1))
+            with builder.if_else(alone) as (then, otherwise):
+                with then:
+                    builder.call(part, [data])
+                with otherwise:
+                    if SHARED:
+                        kind = ir.FunctionType(
+                            ir.VoidType(), [part.type, cgutils.voidptr_t, number, number]
+                        )  # fmt: skip
+                        parallel = cgutils.get_or_insert_function(module, kind, ENTRIES[0])
+                        builder.call(parallel, [part, data, builder.trunc(threads, number), number(0)])
+            return context.get_dummy_value()
+
+        return types.void(task, types.int64, types.int64, rest), generate

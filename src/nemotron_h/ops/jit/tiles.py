@@ -1,0 +1,227 @@
+"""Tiles, small float32 matrices that lie in cache: their product in vector registers, and what else is done with them.
+
+    out[i, q] += factors[i, 0] rows[0, q] + factors[i, 1] rows[1, q] + ...
+
+HEIGHT rows of `out`, LANES columns wide, stay in registers while k runs. Every element is the same chain of fused
+multiply-adds in the order of k, wherever it stands: its bits depend on its own factors and its own column alone.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from nemotron_h.ops.jit.scalars import compile_once, f, numba, piece, read, write
+
+LANES, HEIGHT = 16, 4
+
+if numba is not None:
+    from llvmlite import ir
+    from numba import types
+    from numba.core import cgutils
+    from numba.extending import intrinsic
+
+    FLOAT, WORD = ir.FloatType(), ir.IntType(64)
+
+    def tile(height: int, lanes: int) -> Any:
+        """For numba: out[i : i + height, q : q + lanes] += factors[i :, column : column + count] rows[first :, q :]."""
+
+        @intrinsic  # type: ignore[untyped-decorator]
+        def add(typing, out, i, q, factors, column, rows, first, count):  # type: ignore[no-untyped-def]
+            def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+                def place(argument, row, at):  # type: ignore[no-untyped-def]
+                    """The address of an element, and the bytes from row to row and from column to column."""
+                    kind = signature.args[argument]
+                    array = context.make_array(kind)(context, builder, args[argument])
+                    address = cgutils.get_item_pointer(context, builder, kind, array, [row, at], wraparound=False)
+                    return address, *cgutils.unpack_tuple(builder, array.strides)
+
+                _, i, q, _, column, _, first, count = args
+                out, out_step, _ = place(0, i, q)
+                factors, factors_step, factor_step = place(3, i, column)
+                rows, rows_step, _ = place(5, first, q)
+                function = _tile_function(builder.module, height, lanes)
+                builder.call(function, [out, out_step, factors, factors_step, factor_step, rows, rows_step, count])
+                return context.get_dummy_value()
+
+            return types.void(out, i, q, factors, column, rows, first, count), generate
+
+        return add
+
+    def _tile_function(module: Any, height: int, lanes: int) -> Any:
+        """The tile's loop over k as one function of the module: addresses, steps in bytes, the count."""
+        vector = ir.VectorType(FLOAT, lanes)
+        pointers = [FLOAT.as_pointer(), WORD, FLOAT.as_pointer(), WORD, WORD, FLOAT.as_pointer(), WORD, WORD]
+        name = f"nemotron_h_product_{height}_{lanes}"
+        if name in module.globals:
+            return module.globals[name]
+        function = ir.Function(module, ir.FunctionType(ir.VoidType(), pointers), name)
+        function.linkage = "linkonce_odr"
+        for attribute in ("noinline", "optsize"):  # one copy, not unrolled: it takes seconds to compile many
+            function.attributes.add(attribute)
+        out, out_step, factors, factors_step, factor_step, rows, rows_step, count = function.args
+        builder = ir.IRBuilder(function.append_basic_block())
+        fused = ir.FunctionType(vector, [vector] * 3)
+        add_fused = cgutils.get_or_insert_function(module, fused, f"llvm.fma.v{lanes}f32")
+        nothing, zeros = ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), lanes), None)
+
+        def move(address, step, times):  # type: ignore[no-untyped-def]
+            return cgutils.pointer_add(builder, address, builder.mul(step, times), FLOAT.as_pointer())
+
+        def vector_at(address):  # type: ignore[no-untyped-def]
+            return builder.bitcast(address, vector.as_pointer())
+
+        def load(address):  # type: ignore[no-untyped-def]
+            loaded = builder.load(vector_at(address))
+            loaded.align = 4  # that of a float32: rows begin anywhere
+            return loaded
+
+        outs = [move(out, out_step, WORD(r)) for r in range(height)]
+        sums = [cgutils.alloca_once_value(builder, load(address)) for address in outs]
+        with cgutils.for_range(builder, count) as loop:
+            row = load(move(rows, rows_step, loop.index))
+            ahead = move(factors, factor_step, loop.index)
+            for r, total in enumerate(sums):
+                factor = builder.insert_element(nothing, builder.load(move(ahead, factors_step, WORD(r))), WORD(0))
+                everywhere = builder.shuffle_vector(factor, nothing, zeros)
+                builder.store(builder.call(add_fused, [everywhere, row, builder.load(total)]), total)
+        for address, total in zip(outs, sums, strict=True):
+            builder.store(builder.load(total), vector_at(address)).align = 4
+        builder.ret_void()
+        return function
+
+    high_wide, high_single = tile(HEIGHT, LANES), tile(HEIGHT, 1)
+    low_wide, low_single = tile(1, LANES), tile(1, 1)
+
+
+@piece
+def add_product(out, begin, end, width, factors, column, rows, first, count):  # type: ignore[no-untyped-def]
+    """out[i, :width] += sum_k factors[i, column + k] rows[first + k, :width], k = 0..count-1, begin <= i < end.
+
+    All two-dimensional float32; a row of `out` and of `rows` is contiguous, `factors` may be turned.
+    """
+    compile_once()
+    i, whole = begin, width // LANES * LANES
+    while i + HEIGHT <= end:
+        for q in range(0, whole, LANES):
+            high_wide(out, i, q, factors, column, rows, first, count)
+        for q in range(whole, width):
+            high_single(out, i, q, factors, column, rows, first, count)
+        i += HEIGHT
+    while i < end:
+        for q in range(0, whole, LANES):
+            low_wide(out, i, q, factors, column, rows, first, count)
+        for q in range(whole, width):
+            low_single(out, i, q, factors, column, rows, first, count)
+        i += 1
+
+
+@piece
+def add_causal_product(out, begin, end, factors, rows, first):  # type: ignore[no-untyped-def]
+    """out[i] += sum_{k <= first + i} factors[i, k] rows[k], begin <= i < end: what lies later is not even read."""
+    compile_once()
+    i, width = begin, out.shape[1]
+    while i < end:
+        last = min(i + HEIGHT, end)
+        add_product(out, i, last, width, factors, 0, rows, 0, first + i + 1)
+        for j in range(i + 1, last):
+            add_product(out, j, j + 1, width, factors, first + i + 1, rows, first + i + 1, j - i)
+        i = last
+
+
+@piece
+def load(tile, array, first, column, count):  # type: ignore[no-untyped-def]
+    """Fill a tile with the rows of an array from first on, their columns from column on; zeros after count rows."""
+    compile_once()
+    for i in range(count):
+        for j in range(tile.shape[1]):
+            tile[i, j] = read(array, first + i, column + j)
+    for i in range(count, tile.shape[0]):
+        for j in range(tile.shape[1]):
+            tile[i, j] = f(0)
+
+
+@piece
+def load_turned(tile, array, first, column):  # type: ignore[no-untyped-def]
+    """The same with rows becoming columns, all of them there."""
+    compile_once()
+    for j in range(tile.shape[1]):
+        for i in range(tile.shape[0]):
+            tile[i, j] = read(array, first + j, column + i)
+
+
+@piece
+def store(array, first, column, tile):  # type: ignore[no-untyped-def]
+    """The inverse of `load`."""
+    compile_once()
+    for i in range(tile.shape[0]):
+        for j in range(tile.shape[1]):
+            write(array, first + i, column + j, tile[i, j])
+
+
+@piece
+def scale_rows(tile, factors):  # type: ignore[no-untyped-def]
+    """tile[i, j] *= factors[i]"""
+    compile_once()
+    for i in range(tile.shape[0]):
+        factor = factors[i]
+        for j in range(tile.shape[1]):
+            tile[i, j] *= factor
+
+
+@piece
+def scale_columns(tile, factors):  # type: ignore[no-untyped-def]
+    """tile[i, j] *= factors[j]"""
+    compile_once()
+    for i in range(tile.shape[0]):
+        for j in range(tile.shape[1]):
+            tile[i, j] *= factors[j]
+
+
+@piece
+def multiply(tile, other):  # type: ignore[no-untyped-def]
+    """tile[i, j] *= other[i, j]"""
+    compile_once()
+    for i in range(tile.shape[0]):
+        for j in range(tile.shape[1]):
+            tile[i, j] *= other[i, j]
+
+
+@piece
+def add_scaled_columns(out, tile, factors):  # type: ignore[no-untyped-def]
+    """out[i, j] += tile[i, j] factors[j]"""
+    compile_once()
+    for i in range(tile.shape[0]):
+        for j in range(tile.shape[1]):
+            out[i, j] += tile[i, j] * factors[j]
+
+
+@piece
+def add_dots(out, a, b):  # type: ignore[no-untyped-def]
+    """out[j] += sum_i a[i, j] b[i, j]"""
+    compile_once()
+    for i in range(a.shape[0]):
+        for j in range(a.shape[1]):
+            out[j] += a[i, j] * b[i, j]
+
+
+@piece
+def add_column_sums(out, tile):  # type: ignore[no-untyped-def]
+    """out[j] += sum_i tile[i, j]"""
+    compile_once()
+    for i in range(tile.shape[0]):
+        for j in range(tile.shape[1]):
+            out[j] += tile[i, j]
+
+
+@piece
+def clear(tile):  # type: ignore[no-untyped-def]
+    """tile[i, j] = 0"""
+    compile_once()
+    for i in range(tile.shape[0]):
+        for j in range(tile.shape[1]):
+            tile[i, j] = f(0)
+
+
+@piece
+def zeros(rows, columns):  # type: ignore[no-untyped-def]
+    return np.zeros((rows, columns), np.float32)
