@@ -36,6 +36,19 @@ def test_matrices_are_normal_with_the_papers_deviations() -> None:
         assert (value / want).pow(4).mean().item() == pytest.approx(3, abs=6 * math.sqrt(96 / n)), name
 
 
+def test_zero_outputs_make_every_layer_the_identity_and_change_nothing_else() -> None:
+    usual, model = filled(WIDE), Hybrid(WIDE)
+    initialise(model, 0, zero_outputs=True)
+    for name, value in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight")):
+            assert (value == 0).all(), name
+        else:
+            assert torch.equal(value, usual[name]), name
+    tokens = torch.arange(20)[None]
+    embedded = F.rms_norm(usual["backbone.embeddings.weight"][tokens], (128,), None, WIDE.norm_epsilon)
+    torch.testing.assert_close(model(tokens), embedded @ usual["lm_head.weight"].T, rtol=0, atol=1e-5)
+
+
 def test_the_deviation_is_nvidias_for_the_published_sizes() -> None:
     assert math.sqrt(0.8 / 8192) == pytest.approx(0.0099, abs=5e-5)
     assert math.sqrt(0.8 / 4096) == pytest.approx(0.014, abs=5e-5)

@@ -49,6 +49,25 @@ def test_without_gradient_only_decay_moves(
     assert {"lm_head.weight", "backbone.embeddings.weight", "backbone.layers.0.mixer.conv1d.weight"} <= moved
 
 
+def test_the_embedding_may_have_a_rate_of_its_own(model_config: ModelConfig, settings: TrainConfig) -> None:
+    model = built(model_config)
+    made = optimizers(model, replace(settings, learning_rate=1e-3, embedding_learning_rate=0.05))
+    set_learning_rate(made, 0.5)
+    rates = {p: group["lr"] for one in made for group in one.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert rates[parameter] == (0.025 if name == "backbone.embeddings.weight" else 5e-4), name
+
+
+def test_newton_and_schulz_make_as_many_steps_as_they_are_told(
+    model_config: ModelConfig, settings: TrainConfig
+) -> None:
+    for steps in (1, 4):
+        _, muon = optimizers(
+            built(model_config), replace(settings, **chosen(Optimizer.MUON), newton_schulz_steps=steps)
+        )
+        assert [group["ns_steps"] for group in muon.param_groups] == [steps]
+
+
 def test_every_parameter_is_moved_once(model_config: ModelConfig, settings: TrainConfig) -> None:
     model = built(model_config)
     for optimizer in Optimizer:

@@ -36,12 +36,15 @@ class TrainConfig:
     batch_size: int = 8  # sequences in one pass
     accumulation: int = 1  # passes in one step
     learning_rate: float = 8e-4  # peak
+    embedding_learning_rate: float | None = None  # peak for the embedding; None: as the rest
     final_fraction: float = 0.01  # of the peak, at the last step
     warmup_fraction: float = 0.01  # of the steps, from nothing to the peak
     decay: Annotated[Decay, Lenient] = Decay.COSINE
     decay_fraction: float | None = None  # of the steps: the falling end of STABLE, which needs it
     optimizer: Annotated[Optimizer, Lenient] = Optimizer.ADAMW
     matrix_learning_rate: float | None = None  # peak for what MUON moves, which needs it
+    newton_schulz_steps: int = 5  # of MUON, towards an orthogonal step
+    zero_outputs: bool = False  # every layer begins as the identity: its output projection is zero
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -60,6 +63,7 @@ class TrainConfig:
             "sequence_length",
             "batch_size",
             "accumulation",
+            "newton_schulz_steps",
             "validate_every_steps",
             "validation_windows",
             "checkpoint_every_steps",
@@ -67,7 +71,7 @@ class TrainConfig:
         ]:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must be 1 or above; got {getattr(self, name)}")
-        for name in ("learning_rate", "matrix_learning_rate", "epsilon", "clip_norm"):
+        for name in ("learning_rate", "embedding_learning_rate", "matrix_learning_rate", "epsilon", "clip_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name}: must be above 0 and finite; got {value}")

@@ -1,7 +1,7 @@
 """First weights, as NVIDIA's Megatron-LM scripts set them for this family.
 
     matrices and embedding   N(0, 0.8 / hidden)              0.0099 for the 56B, 0.014 at hidden 4096
-    output projections       N(0, 0.8 / hidden / layers)     o_proj, down_proj, out_proj
+    output projections       N(0, 0.8 / hidden / layers)     o_proj, down_proj, out_proj; or zero, where that is asked
     conv                     U(-1, 1) / sqrt(kernel)         weight and bias
     A_log                    log U(1, 16)
     dt_bias                  softplus^-1 of dt, log-uniform in [0.001, 0.1], not under 0.0001
@@ -20,11 +20,15 @@ from nemotron_h.model.hybrid import Hybrid
 OUTPUT_PROJECTIONS = ("o_proj.weight", "down_proj.weight", "out_proj.weight")
 
 
-def initialise(model: Hybrid, seed: int) -> None:
-    """Fill every parameter in place. The same seed gives the same weights, whatever the dtype or device."""
+def initialise(model: Hybrid, seed: int, *, zero_outputs: bool = False) -> None:
+    """Fill every parameter in place. The same seed gives the same weights, whatever the dtype or device.
+
+    zero_outputs: output projections are zero, so that every layer begins as the identity: a run of a few hundred steps
+    learns faster from there.
+    """
     generator = torch.Generator().manual_seed(seed)
     std = math.sqrt(0.8 / model.config.hidden_size)
-    output_std = std / math.sqrt(len(model.config.layers))
+    output_std = 0.0 if zero_outputs else std / math.sqrt(len(model.config.layers))
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         # a bias's bound follows from its weight's kernel

@@ -117,7 +117,7 @@ class _Run:
         self.step, self.place = 0, 0
         self.saved: Path | None = newest_step(folder)
         if self.saved is None:
-            initialise(self.model, config.seed)
+            initialise(self.model, config.seed, zero_outputs=config.zero_outputs)
             self.optimizers = optimizers(self.model, config)
         else:
             self._go_on_from(self.saved)

@@ -6,12 +6,15 @@ stay with AdamW, their rows being looked up and not multiplied.
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nemotron_h.config.train import Optimizer, TrainConfig
 from nemotron_h.errors import CheckpointError
+
+EMBEDDING = "backbone.embeddings.weight"
 
 # What each optimizer remembers of a parameter after its first step.
 MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
@@ -25,9 +28,15 @@ def optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimi
     named = list(model.named_parameters())
     matrices = [name for name, p in named if config.optimizer is Optimizer.MUON and orthogonalised(name, p)]
     rest = [(name, p) for name, p in named if name not in matrices]
-    groups = [
-        {"params": [p for name, p in rest if decayed(name, p)], "weight_decay": config.weight_decay},
-        {"params": [p for name, p in rest if not decayed(name, p)], "weight_decay": 0.0},
+    embedding, others = [p for name, p in rest if name == EMBEDDING], [pair for pair in rest if pair[0] != EMBEDDING]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for name, p in others if decayed(name, p)], "weight_decay": config.weight_decay},
+        {"params": [p for name, p in others if not decayed(name, p)], "weight_decay": 0.0},
+        {
+            "params": embedding,
+            "weight_decay": config.weight_decay,
+            "lr": config.embedding_learning_rate or config.learning_rate,
+        },
     ]
     adamw = torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -45,6 +54,7 @@ def optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimi
                 [parameters[name] for name in matrices],
                 lr=config.matrix_learning_rate,
                 weight_decay=config.weight_decay,
+                ns_steps=config.newton_schulz_steps,
             )
         )
     for optimizer in made:
