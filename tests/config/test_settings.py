@@ -70,6 +70,9 @@ def test_nearest() -> None:
     ("values", "message"),
     [
         ({"steps": 0}, r"^steps: must be 1 or above; got 0$"),
+        ({"validation_length": 0}, r"^validation_length: must be 1 or above; got 0$"),
+        ({"newton_schulz_steps": 0}, r"^newton_schulz_steps: must be 1 or above; got 0$"),
+        ({"embedding_learning_rate": 0.0}, r"^embedding_learning_rate: must be above 0.* got 0"),
         ({"accumulation": 0}, r"^accumulation: must be 1 or above; got 0$"),
         ({"learning_rate": 0.0}, r"^learning_rate: must be above 0.* got 0"),
         ({"beta2": 1.0}, r"^beta2: must lie in 0\.\.1, 1 excluded; got 1"),
@@ -82,6 +85,15 @@ def test_nearest() -> None:
 def test_training_settings_are_checked(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TrainConfig(**({"steps": 100} | values))
+
+
+def test_held_out_windows_may_be_longer_than_those_of_training() -> None:
+    config = TrainConfig(steps=1, sequence_length=64, batch_size=32)
+    assert (config.held_out_length, config.held_out_batch) == (64, 32)
+    config = TrainConfig(steps=1, sequence_length=64, batch_size=32, validation_length=512)
+    assert (config.held_out_length, config.held_out_batch) == (512, 4)
+    config = TrainConfig(steps=1, sequence_length=64, batch_size=2, validation_length=4096)
+    assert config.held_out_batch == 1
 
 
 def test_training_settings_in_tokens_and_steps() -> None:

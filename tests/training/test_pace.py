@@ -1,5 +1,7 @@
 """The time left is measured, and said once."""
 
+from dataclasses import replace
+
 import pytest
 
 from nemotron_h.config.train import TrainConfig
@@ -14,6 +16,8 @@ def test_steps_validations_and_the_last_validation() -> None:
     assert seconds_left(CONFIG, 30, 6.0, 9) == pytest.approx(70 * 6 + (2 * 9 + 9) / 3)
     assert seconds_left(CONFIG, 40, 6.0, 100) == pytest.approx(60 * 6 + (12 + 100) / 3)
     assert seconds_left(CONFIG, 30, 6.0, 0) == pytest.approx(70 * 6)
+    longer = replace(CONFIG, validation_length=2 * CONFIG.sequence_length)
+    assert seconds_left(longer, 30, 6.0, 9) == pytest.approx(70 * 6 + 2 * (2 * 9 + 9) / 3)
 
 
 class Clock:

@@ -59,7 +59,7 @@ def run_training(
     shard = Shard(data)
     held_out = Shard(validation) if validation is not None else None
     learned = Tokenizer.load(tokenizer) if tokenizer is not None else None
-    pace = Pace(config, count_windows(held_out, config.sequence_length) if held_out else 0)
+    pace = Pace(config, count_windows(held_out, config.held_out_length) if held_out else 0)
 
     def show(progress: Progress) -> None:
         rate = f"{progress.tokens_per_second:,.0f} tokens/s"
@@ -75,7 +75,7 @@ def run_training(
         model,
         config,
         Batches(shard, config.sequence_length, config.batch_size, config.seed),
-        lambda limit: windows(held_out, config.sequence_length, config.batch_size, limit=limit) if held_out else [],
+        lambda limit: windows(held_out, config.held_out_length, config.held_out_batch, limit=limit) if held_out else [],
         out,
         tokenizer=learned,
         watch=show,

@@ -62,7 +62,7 @@ PRESETS = {
         attention=AttentionConfig(num_heads=32, num_kv_heads=8, head_dim=128, rope_base=10_000.0),
         mlp=MlpConfig(intermediate_size=21504),
     ),
-    "3m": small("M-*-M-", 256, 768, 4, 2, mamba(8, 64, 64, groups=2), 4096),
+    "3m": small("M-*-M-", 192, 768, 3, 1, mamba(6, 64, 64, groups=1), 4096),
     "25m": small("M-M-M*-M-M-M*-M-", 448, 1792, 7, 1, mamba(14, 64, 64, groups=2), 8192),
     "256m": small("M-M-M-M*-M-M-M-M-M*-M-M-", 1024, 4096, 16, 4, mamba(32, 64, 128), 32_000),
 }

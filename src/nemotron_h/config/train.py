@@ -53,7 +53,8 @@ class TrainConfig:
     precision: Annotated[Precision, Lenient] = Precision.BFLOAT16
     seed: int = 0
     validate_every_steps: int = 100
-    validation_windows: int = 64  # of sequence_length, in between; the last validation reads everything
+    validation_length: int | None = None  # tokens of a held-out window; None: sequence_length
+    validation_windows: int = 64  # in between; the last validation reads everything
     checkpoint_every_steps: int = 100
     keep_checkpoints: int = 2
 
@@ -71,6 +72,8 @@ class TrainConfig:
         ]:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must be 1 or above; got {getattr(self, name)}")
+        if self.validation_length is not None and self.validation_length < 1:
+            raise ConfigError(f"validation_length: must be 1 or above; got {self.validation_length}")
         for name in ("learning_rate", "embedding_learning_rate", "matrix_learning_rate", "epsilon", "clip_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -104,6 +107,16 @@ class TrainConfig:
     @property
     def decay_steps(self) -> int:
         return round(self.steps * (self.decay_fraction or 0))
+
+    @property
+    def held_out_length(self) -> int:
+        """Tokens of a held-out window."""
+        return self.validation_length or self.sequence_length
+
+    @property
+    def held_out_batch(self) -> int:
+        """Held-out windows in one pass: about as many tokens as a pass of training has."""
+        return max(1, self.batch_size * self.sequence_length // self.held_out_length)
 
     @property
     def step_tokens(self) -> int:

@@ -37,5 +37,5 @@ def seconds_left(config: TrainConfig, step: int, step_seconds: float, held_out_w
     every = config.validate_every_steps
     validations = config.steps // every - step // every
     windows = validations * min(config.validation_windows, held_out_windows) + held_out_windows
-    window_seconds = FORWARD_FRACTION * step_seconds / (config.batch_size * config.accumulation)
+    window_seconds = FORWARD_FRACTION * step_seconds * config.held_out_length / config.step_tokens
     return (config.steps - step) * step_seconds + windows * window_seconds

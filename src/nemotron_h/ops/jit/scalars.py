@@ -71,14 +71,23 @@ if numba is not None:
         )
 
     @intrinsic  # type: ignore[untyped-decorator]
-    def compile_once(typing):  # type: ignore[no-untyped-def]
-        """Said in a piece: callers call it, instead of each compiling a copy of its own, which takes seconds."""
-
+    def _alone(typing):  # type: ignore[no-untyped-def]
         def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
             builder.function.attributes.add("noinline")
             return context.get_dummy_value()
 
         return types.void(), generate
+
+
+def compile_once() -> None:
+    """Said in a piece: callers call it, instead of each compiling a copy of its own, which takes seconds."""
+
+
+if numba is not None:
+
+    @overload(compile_once, inline="always")  # type: ignore[untyped-decorator]
+    def _compile_once():  # type: ignore[no-untyped-def]
+        return lambda: _alone()
 
 
 @inline
