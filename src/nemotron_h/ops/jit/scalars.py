@@ -87,7 +87,10 @@ if numba is not None:
 
     @overload(compile_once, inline="always")  # type: ignore[untyped-decorator]
     def _compile_once():  # type: ignore[no-untyped-def]
-        return lambda: _alone()
+        def call():  # type: ignore[no-untyped-def]
+            _alone()
+
+        return call
 
 
 @inline
