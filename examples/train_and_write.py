@@ -1,10 +1,9 @@
 """Train a small hybrid on this folder's own Python files for a few steps, save it, load it, and let it write.
 
-python examples/train_and_write.py [FOLDER WITH TEXTS]
+python examples/train_and_write.py [FOLDER WITH TEXTS] [FOLDER OF THE RUN]
 """
 
 import sys
-import tempfile
 from pathlib import Path
 
 from nemotron_h import AttentionConfig, MambaConfig, MlpConfig, ModelConfig, load
@@ -19,7 +18,7 @@ from nemotron_h.text.bpe import train as train_tokenizer
 from nemotron_h.training.loop import train
 
 source = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
-folder = Path(tempfile.mkdtemp())
+folder = Path(sys.argv[2] if len(sys.argv) > 2 else "runs/train_and_write")  # run again, it goes on there
 
 collect(CorpusConfig(validation_fraction=0.2), source, folder)
 texts = (document.text for document in documents(folder / "train.jsonl"))
@@ -46,4 +45,5 @@ trained = train(
     tokenizer=tokenizer,
     watch=lambda progress: print(f"step {progress.step:3d}  loss {progress.loss:.3f}"),
 )
-print(load(trained.checkpoint).generate("def ", max_tokens=40, temperature=0.8))
+print("checkpoint:", trained.checkpoint)
+print(load(trained.checkpoint).generate("def", max_tokens=40, temperature=0.8))

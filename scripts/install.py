@@ -2,12 +2,11 @@
 
 A finished set-up leaves .venv/setup.json: what was asked for, and a digest of the files that settle what is installed.
 A call that finds its own wishes there does nothing. While a set-up runs the file says that it is unfinished; the next
-call then starts over.
+call then starts over, with the same wishes.
 """
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -19,7 +18,7 @@ import threading
 import tomllib
 import urllib.error
 import urllib.request
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ BASE_PYTHON = str(getattr(sys, "_base_executable", sys.executable))
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What .venv holds."""
+    """What .venv holds, or was to hold."""
 
     finished: bool
     torch: str  # "cpu" or "keep"
@@ -64,7 +63,13 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     except subprocess.CalledProcessError as error:
-        return error.returncode  # pip has said why
+        if error.returncode > 0:
+            return error.returncode  # pip has said why
+        print(f"{error.cmd[2]}: ended by signal {-error.returncode}; is there memory enough?", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"set-up: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
     return 0
@@ -75,43 +80,50 @@ def set_up(asked: argparse.Namespace) -> None:
     if asked.torch not in ("", "cpu", "keep"):
         raise SetupError(f"TORCH: must be cpu or keep; got {asked.torch!r}")
     found = read_state()
+    torch = asked.torch or (found.torch if found else "cpu")
     wanted = Setup(
         finished=True,
-        torch=asked.torch or (found.torch if found else "cpu"),
-        python=choose_python(asked, found),
+        torch=torch,
+        python=choose_python(asked, found, torch=torch),
         dev=asked.dev or bool(found and found.dev),
         root=str(ROOT),
         digest=digest(INPUTS),
     )
-    kept = active_torch() if asked.torch == "keep" else None
-    if found == wanted:
+    kept = kept_torch(wanted.python) if torch == "keep" else None
+    runs = installed(VENV / "bin/python", "nemotron-h") is not None
+    if runs and found == wanted:
         return
-    if found is None or (found.torch, found.python) != (wanted.torch, wanted.python):
-        create_environment()
-    write_state(Setup(**{**asdict(wanted), "finished": False}))
+    unfinished = replace(wanted, finished=False)
+    if found and runs and found == replace(wanted, dev=found.dev, digest=found.digest):
+        write_state(unfinished)
+    else:
+        create_environment(unfinished)
+    constraints = CONSTRAINTS
     if kept is not None:
         version, folder = kept
         share_packages(folder)
+        constraints = constrain_torch(version)
         print(f"PyTorch: {version}, kept from {folder}", flush=True)
-    elif wanted.torch == "cpu":
+    else:
         print(install_torch(VENV / "bin/python", cpu_index=asked.cpu_index, probe_seconds=asked.probe_seconds))
     print("Installing the library and what it needs: a minute or two", flush=True)
-    if wanted.dev and wanted.torch == "keep":
-        install_tools()
+    install = [*pip_install(VENV / "bin/python"), "--quiet", "--constraint", str(constraints)]
+    if wanted.dev and kept is not None:
+        install_tools(install)
     target = f"{ROOT}[dev]" if wanted.dev else str(ROOT)
-    subprocess.run([*pip_install(VENV / "bin/python"), "--quiet", "--editable", target], check=True)
+    subprocess.run([*install, "--editable", target], check=True)
     write_state(wanted)
 
 
 def read_state() -> Setup | None:
-    """What .venv holds; None where there is nothing to build upon. A .venv of someone else's is refused."""
-    if VENV.exists() and not STATE.exists() and any(VENV.iterdir()):
+    """What .venv holds or was to hold; None where nothing is known. A .venv of someone else's is refused."""
+    folder = VENV.is_dir()
+    if (folder and not STATE.exists() and any(VENV.iterdir())) or (not folder and os.path.lexists(VENV)):
         raise SetupError(".venv: must be one that make has made; found another; move it away or remove it")
     try:
-        state = Setup(**json.loads(STATE.read_text()))
+        return Setup(**json.loads(STATE.read_text()))
     except (FileNotFoundError, ValueError, TypeError):
         return None
-    return state if state.finished and state.root == str(ROOT) else None
 
 
 def write_state(state: Setup) -> None:
@@ -121,13 +133,15 @@ def write_state(state: Setup) -> None:
     partial.replace(STATE)
 
 
-def choose_python(asked: argparse.Namespace, found: Setup | None) -> str:
-    """The interpreter asked for; where none is, the one .venv has."""
-    if asked.torch == "keep":
-        return sys.executable
-    if found and not asked.python and not (asked.torch and asked.torch != found.torch):
+def choose_python(asked: argparse.Namespace, found: Setup | None, *, torch: str) -> str:
+    """The interpreter asked for; where none is, the one .venv has, if it is still there.
+
+    One whose PyTorch is kept is never replaced by another.
+    """
+    unasked = not asked.python and asked.torch != "keep"
+    if found and unasked and found.torch == torch and (torch == "keep" or Path(found.python).exists()):
         return found.python
-    return BASE_PYTHON
+    return sys.executable if torch == "keep" else BASE_PYTHON
 
 
 def digest(files: list[Path]) -> str:
@@ -135,20 +149,26 @@ def digest(files: list[Path]) -> str:
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def create_environment() -> None:
-    """An empty .venv, marked as unfinished from its first moment."""
-    if any(importlib.util.find_spec(name) is None for name in ("venv", "ensurepip")):
-        package = f"python{sys.version_info.major}.{sys.version_info.minor}-venv"
-        raise SetupError(f"venv: missing from {sys.executable}; install {package} (sudo apt install {package})")
-    shutil.rmtree(VENV, ignore_errors=True)
-    VENV.mkdir()
-    STATE.write_text("{}")
-    subprocess.run([BASE_PYTHON, "-m", "venv", str(VENV)], check=True)
+def create_environment(unfinished: Setup) -> None:
+    """An empty .venv. Its state is there from the first moment, so an interruption forgets no wish."""
+    code = "import sys; print('python{}.{}-venv'.format(*sys.version_info)); import ensurepip, venv"
+    result = subprocess.run([unfinished.python, "-c", code], capture_output=True, text=True, check=False)
+    if result.returncode:
+        package = result.stdout.strip()
+        raise SetupError(f"venv: missing from {unfinished.python}; install {package} (sudo apt install {package})")
+    VENV.mkdir(exist_ok=True)
+    write_state(unfinished)
+    for path in VENV.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path != STATE:
+            path.unlink()
+    subprocess.run([unfinished.python, "-m", "venv", str(VENV)], check=True)
 
 
 def pip_install(python: Path) -> list[str]:
-    """The beginning of every install: nothing gets past the constraints."""
-    return [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--constraint", str(CONSTRAINTS)]
+    """The beginning of every install."""
+    return [str(python), "-m", "pip", "install", "--disable-pip-version-check"]
 
 
 def install_torch(python: Path, *, cpu_index: str, probe_seconds: float) -> str:
@@ -157,9 +177,9 @@ def install_torch(python: Path, *, cpu_index: str, probe_seconds: float) -> str:
     Linux wheels of the public package index carry gigabytes of CUDA libraries, so the plain one comes last.
     """
     version = pinned_version("torch")
-    present = installed_version(python, "torch")
-    if present is not None and present.split("+")[0] == version:
-        return f"PyTorch: {present}, already in .venv"
+    present = installed(python, "torch")
+    if present is not None and present[0].split("+")[0] == version:
+        return f"PyTorch: {present[0]}, already in .venv"
     build = f"torch=={version}+cpu"
     if try_install(python, build):
         return f"PyTorch: {version}+cpu, the CPU build of the configured package index"
@@ -182,19 +202,29 @@ def pinned_version(package: str) -> str:
     return match[1]
 
 
-def installed_version(python: Path, package: str) -> str | None:
-    """The version in an environment, without importing the package; None where it is not installed."""
-    code = f"import importlib.metadata as m; print(m.version({package!r}))"
-    result = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
-    return result.stdout.strip() if result.returncode == 0 else None
+def installed(python: Path, package: str) -> tuple[str, Path] | None:
+    """Version and folder of a package in an environment, without importing it.
+
+    None where it is not installed, or the interpreter does not run.
+    """
+    code = f"import importlib.metadata as m; found = m.distribution({package!r}); print(found.version)"
+    command = [str(python), "-c", f"{code}; print(found.locate_file('').resolve())"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    version, folder = result.stdout.splitlines()
+    return version, Path(folder)
 
 
 def try_install(python: Path, *arguments: str) -> bool:
     """Install one wheel without its dependencies; False where it cannot be had, said unless it does not exist."""
+    # without the constraints: pip would call a build that does not exist a conflict with them
     command = [*pip_install(python), "--no-deps", *arguments]
     result = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     if result.returncode and "No matching distribution" not in result.stderr:
-        print(f"{arguments[-1]}: {result.stderr.strip().splitlines()[-1]}", file=sys.stderr, flush=True)
+        lines = result.stderr.strip().splitlines() or [f"pip ended with code {result.returncode}"]
+        print(f"{arguments[-1]}: {lines[-1]}", file=sys.stderr, flush=True)
     return result.returncode == 0
 
 
@@ -224,19 +254,18 @@ def answers(url: str, *, seconds: float) -> bool:
     return replies == [True]
 
 
-def active_torch() -> tuple[str, Path]:
-    """Version and folder of the active environment's PyTorch, refused outside the range of pyproject.toml."""
-    if Path(sys.prefix).resolve() == VENV.resolve():
+def kept_torch(python: str) -> tuple[str, Path]:
+    """Version and folder of an interpreter's PyTorch, refused outside the range of pyproject.toml."""
+    if Path(python).parent.parent.resolve() == VENV.resolve():
         raise SetupError("TORCH=keep: the active environment must not be .venv itself; run deactivate first")
     wanted = next(line for line in project()["dependencies"] if re.match(r"torch\b", line))
     low, high = (release(bound) for bound in re.findall(r"[<>]=?([\d.]+)", wanted))
-    try:
-        found = metadata.distribution("torch")
-    except metadata.PackageNotFoundError:
-        raise SetupError(f"TORCH=keep: needs {wanted}; {sys.executable} has none; leave TORCH out") from None
-    if not low <= release(found.version) < high:
-        raise SetupError(f"TORCH=keep: needs {wanted}; {sys.executable} has {found.version}; leave TORCH out")
-    return found.version, Path(str(found.locate_file(""))).resolve()
+    found = installed(Path(python), "torch")
+    if found is None:
+        raise SetupError(f"TORCH=keep: needs {wanted}; {python} has none; TORCH=cpu installs one")
+    if not low <= release(found[0]) < high:
+        raise SetupError(f"TORCH=keep: needs {wanted}; {python} has {found[0]}; TORCH=cpu installs one")
+    return found
 
 
 def release(version: str) -> tuple[int, ...]:
@@ -265,14 +294,20 @@ def share_packages(folder: Path) -> None:
     (site_packages() / "kept_torch.pth").write_text(line)
 
 
-def install_tools() -> None:
+def constrain_torch(version: str) -> Path:
+    """The constraints with the PyTorch that is kept, or pip would put the pinned one before it."""
+    file = VENV / CONSTRAINTS.name
+    file.write_text(re.sub("^torch==.*", f"torch=={version}", CONSTRAINTS.read_text(), flags=re.MULTILINE))
+    return file
+
+
+def install_tools(install: list[str]) -> None:
     """Give .venv development tools of its own: of those it sees elsewhere, the commands are elsewhere too."""
     own = {re.sub("[_.]", "-", found.name.lower()) for found in metadata.distributions(path=[str(site_packages())])}
     tools = project()["optional-dependencies"]["dev"]
     missing = [line for line in tools if re.split("[^a-z0-9-]", line)[0] not in own]
     if missing:
-        alone = ["--quiet", "--no-deps", "--ignore-installed"]
-        subprocess.run([*pip_install(VENV / "bin/python"), *alone, *missing], check=True)
+        subprocess.run([*install, "--no-deps", "--ignore-installed", *missing], check=True)
 
 
 if __name__ == "__main__":

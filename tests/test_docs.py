@@ -1,4 +1,4 @@
-"""Every block of the README and of the pages runs, and every example: what a reader copies works."""
+"""Every Python block of the README and of the pages runs, and every example: what a reader copies works."""
 
 import re
 import subprocess
@@ -36,6 +36,18 @@ def test_examples_run(example: str, tmp_path: Path) -> None:
     done = run(["-W", "error", str(path)], tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def test_an_example_tells_where_its_checkpoint_is_and_leaves_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("temporary", "here"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    done = run([str(ROOT / "examples" / "train_and_write.py")], tmp_path / "here")
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("checkpoint: ")]
+    assert (tmp_path / "here" / line.removeprefix("checkpoint: ") / "model.safetensors").exists()
+    assert [path for path in (tmp_path / "temporary").rglob("*") if path.is_file()] == []
 
 
 def test_every_room_has_a_page() -> None:

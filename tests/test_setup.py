@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -190,9 +191,6 @@ def refusal(result: subprocess.CompletedProcess[str]) -> str:
     return line
 
 
-# Which PyTorch
-
-
 def test_the_cpu_build_of_the_configured_index_comes_first(
     install: ModuleType, environment: Path, configured: Index, cpu_index: Index
 ) -> None:
@@ -202,21 +200,24 @@ def test_the_cpu_build_of_the_configured_index_comes_first(
     cpu_index.add("torch", f"{version}+cpu")
     line = install.install_torch(environment / "bin/python", cpu_index=cpu_index.url, probe_seconds=2)
     assert line == f"PyTorch: {version}+cpu, the CPU build of the configured package index"
-    assert install.installed_version(environment / "bin/python", "torch") == f"{version}+cpu"
+    assert install.installed(environment / "bin/python", "torch")[0] == f"{version}+cpu"
 
     line = install.install_torch(environment / "bin/python", cpu_index=cpu_index.url, probe_seconds=2)
     assert line == f"PyTorch: {version}+cpu, already in .venv"
 
 
 def test_the_cpu_index_comes_second(
-    install: ModuleType, environment: Path, configured: Index, cpu_index: Index
+    install: ModuleType, environment: Path, configured: Index, cpu_index: Index, capfd: pytest.CaptureFixture[str]
 ) -> None:
     version = install.pinned_version("torch")
     configured.add("torch", version)
     cpu_index.add("torch", f"{version}+cpu")
     line = install.install_torch(environment / "bin/python", cpu_index=cpu_index.url, probe_seconds=2)
     assert line == f"PyTorch: {version}+cpu, the CPU build of {cpu_index.url}"
-    assert install.installed_version(environment / "bin/python", "torch") == f"{version}+cpu"
+    printed = capfd.readouterr()
+    assert printed.err == ""  # what the first index lacks is no error
+    assert "ERROR" not in printed.out
+    assert install.installed(environment / "bin/python", "torch")[0] == f"{version}+cpu"
 
 
 def test_without_an_answer_the_plain_build_is_taken(
@@ -227,7 +228,7 @@ def test_without_an_answer_the_plain_build_is_taken(
     line = install.install_torch(environment / "bin/python", cpu_index=silent, probe_seconds=0.5)
     assert line.startswith(f"PyTorch: {version}, the default build")
     assert f"no answer from {silent} within 0.5 seconds" in line
-    assert install.installed_version(environment / "bin/python", "torch") == version
+    assert install.installed(environment / "bin/python", "torch")[0] == version
 
 
 def test_a_cpu_index_without_this_version_is_said(
@@ -238,7 +239,7 @@ def test_a_cpu_index_without_this_version_is_said(
     cpu_index.add("torch", "1.0.0+cpu")
     line = install.install_torch(environment / "bin/python", cpu_index=cpu_index.url, probe_seconds=2)
     assert f"{cpu_index.url} gave no CPU build for this machine" in line
-    assert install.installed_version(environment / "bin/python", "torch") == version
+    assert install.installed(environment / "bin/python", "torch")[0] == version
 
 
 def test_a_failed_download_is_said(
@@ -250,6 +251,12 @@ def test_a_failed_download_is_said(
     line = install.install_torch(environment / "bin/python", cpu_index=cpu_index.url, probe_seconds=2)
     assert "gave no CPU build" in line
     assert f"torch=={version}+cpu: ERROR: Wheel" in capfd.readouterr().err
+
+
+def test_a_killed_pip_is_said(install: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_script(tmp_path / "bin/python", "kill -9 $$")
+    assert not install.try_install(tmp_path / "bin/python", "torch==2")
+    assert capfd.readouterr().err == "torch==2: pip ended with code -9\n"
 
 
 @pytest.mark.usefixtures("configured")
@@ -285,9 +292,6 @@ def test_the_probe_goes_through_the_proxy(
     monkeypatch.setenv("http_proxy", configured.url)
     monkeypatch.setattr(urllib.request, "_opener", None)  # remembers the proxies of the first call
     assert install.answers(closed, seconds=2)
-
-
-# The whole of it
 
 
 def test_set_up_once(checkout: Path, install: ModuleType, configured: Index, silent: str, tmp_path: Path) -> None:
@@ -345,8 +349,36 @@ def test_an_interrupted_set_up_starts_over(checkout: Path, install: ModuleType, 
     assert json.loads(state.read_text())["finished"] is True
 
 
-def test_torch_kept(checkout: Path, environment: Path, install: ModuleType, configured: Index, tmp_path: Path) -> None:
-    version = f"{install.pinned_version('torch')}+mine"
+def test_a_set_up_without_its_interpreter_starts_over(checkout: Path, install: ModuleType, configured: Index) -> None:
+    configured.add("torch", f"{install.pinned_version('torch')}+cpu")
+    assert make(checkout, "install").returncode == 0
+    state = checkout / ".venv/setup.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "python": "/gone/python3.11"}))
+    for python in (checkout / ".venv/bin").glob("python*"):
+        python.unlink()
+    (checkout / ".venv/bin/python").symlink_to("/gone/python3.11")
+    result = make(checkout, "run")
+    assert result.returncode == 0, result.stderr
+    assert "the toy ran" in result.stdout
+
+
+def test_an_interruption_forgets_no_wish(checkout: Path, environment: Path, configured: Index, tmp_path: Path) -> None:
+    configured.add("torch", "2.13.0+cpu")
+    unpack(write_wheel(tmp_path, "torch", "2.13.1"), environment)
+    assert make(checkout, "install-dev", "TORCH=keep", path=environment / "bin").returncode  # the index has no tool
+    configured.add("tool", "1.0")
+    result = make(checkout, "install")
+    assert result.returncode == 0, result.stderr
+    assert f"PyTorch: 2.13.1, kept from {environment / SITE}\n" in result.stdout
+    assert not (checkout / ".venv" / SITE / "torch").exists()
+    assert (checkout / ".venv/bin/tool").exists()
+
+
+@pytest.mark.parametrize("version", ["2.13.0+mine", "2.13.1"])
+def test_torch_kept(
+    checkout: Path, environment: Path, install: ModuleType, configured: Index, tmp_path: Path, version: str
+) -> None:
+    configured.add("torch", install.pinned_version("torch"))
     unpack(write_wheel(tmp_path, "torch", version), environment)
     result = make(checkout, "run", "TORCH=keep", path=environment / "bin")
     assert result.returncode == 0, result.stderr
@@ -361,28 +393,32 @@ def test_torch_kept(checkout: Path, environment: Path, install: ModuleType, conf
     assert make(checkout, "install-dev").returncode == 0
     assert (checkout / ".venv/bin/tool").exists()
     assert not (checkout / ".venv" / SITE / "torch").exists()
+    line = refusal(make(checkout, "install", "TORCH=keep", path=checkout / ".venv/bin"))
+    assert line == "TORCH=keep: the active environment must not be .venv itself; run deactivate first"
 
 
 @pytest.mark.usefixtures("configured")
 def test_torch_cannot_be_kept(checkout: Path, environment: Path, tmp_path: Path) -> None:
     line = refusal(make(checkout, "install", "TORCH=keep", path=environment / "bin"))
-    assert line == f"TORCH=keep: needs torch>=2.13,<2.14; {environment}/bin/python has none; leave TORCH out"
+    assert line == f"TORCH=keep: needs torch>=2.13,<2.14; {environment}/bin/python has none; TORCH=cpu installs one"
     for version in ("2.12.1", "2.14.0"):
         unpack(write_wheel(tmp_path, "torch", version), environment)
         line = refusal(make(checkout, "install", "TORCH=keep", path=environment / "bin"))
-        assert f"has {version}; leave TORCH out" in line
+        assert f"has {version}; TORCH=cpu installs one" in line
         shutil.rmtree(environment / SITE / f"torch-{version}.dist-info")
     assert "TORCH: must be cpu or keep; got 'kept'" in refusal(make(checkout, "install", "TORCH=kept"))
     assert not (checkout / ".venv").exists()
 
 
 @pytest.mark.usefixtures("configured")
-def test_python_without_venv(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_without_venv(
+    checkout: Path, install: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['ensurepip'] = None\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     package = f"python{sys.version_info.major}.{sys.version_info.minor}-venv"
     line = refusal(make(checkout, "install", f"PYTHON={sys.executable}"))
-    assert line == f"venv: missing from {sys.executable}; install {package} (sudo apt install {package})"
+    assert line == f"venv: missing from {install.BASE_PYTHON}; install {package} (sudo apt install {package})"
 
 
 @pytest.mark.usefixtures("configured")
@@ -399,6 +435,55 @@ def test_the_venv_of_someone_else_is_left_alone(checkout: Path) -> None:
     (checkout / ".venv/bin").mkdir(parents=True)
     assert refusal(make(checkout, "install")).startswith(".venv: must be one that make has made")
     assert (checkout / ".venv/bin").exists()
+
+
+@pytest.mark.usefixtures("configured")
+def test_a_file_and_a_link_to_nowhere_are_no_venv(checkout: Path) -> None:
+    (checkout / ".venv").symlink_to("/gone/.venv")
+    assert refusal(make(checkout, "install")).startswith(".venv: must be one that make has made")
+    (checkout / ".venv").unlink()
+    (checkout / ".venv").touch()
+    assert refusal(make(checkout, "install")).startswith(".venv: must be one that make has made")
+
+
+@pytest.mark.usefixtures("configured")
+def test_a_file_that_cannot_be_written_is_said_in_one_line(checkout: Path) -> None:
+    (checkout / ".venv/setup.partial").mkdir(parents=True)
+    (checkout / ".venv/setup.json").write_text("{}")
+    line = refusal(make(checkout, "install"))
+    assert line == f"set-up: [Errno 21] Is a directory: '{checkout}/.venv/setup.partial'"
+
+
+def test_a_killed_install_is_said_in_one_line(
+    install: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def killed(_: object) -> None:
+        raise subprocess.CalledProcessError(-9, ["python", "-m", "pip", "install"])
+
+    monkeypatch.setattr(install, "set_up", killed)
+    monkeypatch.setattr(sys, "argv", ["install.py", "--cpu-index", "", "--probe-seconds", "2"])
+    assert install.main() == 2
+    assert capfd.readouterr().err == "pip: ended by signal 9; is there memory enough?\n"
+
+
+def test_the_checks_without_make(tmp_path: Path) -> None:
+    result = subprocess.run(
+        ["/bin/sh", ROOT / ".ci/run"], env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert result.stderr == "make: not found on PATH; install it (sudo apt install make)\n"
+
+
+def test_every_dependency_is_imported(install: ModuleType) -> None:
+    source = "\n".join(file.read_text() for file in (ROOT / "src").rglob("*.py"))
+    names = [re.split("[<>=]", line)[0] for line in install.project()["dependencies"]]
+    assert [name for name in names if not re.search(rf"^ *(import|from) {name}\b", source, re.MULTILINE)] == []
+
+
+def test_every_dependency_and_tool_is_pinned(install: ModuleType) -> None:
+    project = install.project()
+    for line in project["dependencies"] + project["optional-dependencies"]["dev"]:
+        install.pinned_version(re.split("[<>=]", line)[0])
 
 
 def write_script(path: Path, line: str) -> None:

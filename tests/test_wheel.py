@@ -1,10 +1,11 @@
 """The wheel, built by way of the source distribution, in an environment that has never seen the checkout."""
 
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -22,23 +23,30 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dist")
-    # The build backend comes from the package index that pip is configured with.
-    subprocess.run([sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT)], check=True)
+    subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)], check=True)
     [path] = folder.glob("*.whl")
     return path
 
 
 @pytest.fixture(scope="module")
 def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with the wheel. The libraries it needs are those of the environment the tests run in."""
+    """An environment with the wheel and the libraries that it names, PyTorch by the way of `make install`."""
     folder = tmp_path_factory.mktemp("elsewhere")
     subprocess.run([sys.executable, "-m", "venv", str(folder / "env")], check=True)
-    site = folder / "env" / f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
-    # As a path alone, and after the wheel's own: the .pth file of an editable install there is not read.
-    (site / "libraries.pth").write_text(sysconfig.get_path("purelib"))
-    install = ["-m", "pip", "install", "--no-deps", "--no-index", "--ignore-installed", str(wheel)]
-    subprocess.run([folder / "env/bin/python", *install], check=True)
+    install_torch(folder / "env/bin/python")
+    run(folder, "python", "-m", "pip", "install", "--constraint", str(ROOT / "constraints.txt"), str(wheel))
     return folder
+
+
+def install_torch(python: Path) -> None:
+    """Call the function of scripts/install.py with what the Makefile gives it."""
+    spec = importlib.util.spec_from_file_location("install", ROOT / "scripts/install.py")
+    assert spec is not None and spec.loader is not None
+    install = importlib.util.module_from_spec(spec)
+    sys.modules["install"] = install  # where its dataclass looks itself up
+    spec.loader.exec_module(install)
+    default = dict(re.findall(r"^(\w+) \?= (\S+)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    install.install_torch(python, cpu_index=default["CPU_INDEX"], probe_seconds=float(default["PROBE_SECONDS"]))
 
 
 def run(environment: Path, *command: str) -> str:

@@ -8,6 +8,7 @@ import pytest
 
 from nemotron_h.checkpoint.files import claimed, new_folder, remove, remove_leftovers, write_text
 from nemotron_h.errors import CapacityError, CheckpointError
+from tests.full_disk import full_disk
 
 
 def test_a_folder_has_its_name_only_when_it_is_filled(tmp_path: Path) -> None:
@@ -83,6 +84,14 @@ def test_write_text_replaces(tmp_path: Path) -> None:
     write_text(tmp_path / "a", "two")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_text() == "two"
+
+
+def test_write_text_on_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "old")
+    with pytest.raises(CapacityError, match=r"/a: could not be written: File too large; .*untouched"), full_disk(3000):
+        write_text(tmp_path / "a", "new" * 3000)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "old"
 
 
 def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nemotron_h.checkpoint.load import load
-from nemotron_h.checkpoint.resume import TENSORS, VALUES, newest_step, read_step, save_step, steps
+from nemotron_h.checkpoint.resume import TENSORS, VALUES, newest_step, read_step, save_step, step_folder, steps
 from nemotron_h.errors import CheckpointError
 from nemotron_h.model.hybrid import Hybrid
 
@@ -39,6 +39,12 @@ def test_the_newest_few_are_kept(build: Build, tmp_path: Path) -> None:
     newest = newest_step(tmp_path)
     assert newest is not None
     assert newest.name == "step-00000010"
+
+
+def test_steps_of_nine_digits_are_later(tmp_path: Path) -> None:
+    for step in (100_000_000, 99_999_999, 1_000_000_000):
+        step_folder(tmp_path, step).mkdir()
+    assert steps(tmp_path) == [step_folder(tmp_path, step) for step in (99_999_999, 100_000_000, 1_000_000_000)]
 
 
 def test_leftovers_are_cleaned_and_never_the_newest(build: Build, tmp_path: Path) -> None:

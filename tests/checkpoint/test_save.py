@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 import nemotron_h
 from nemotron_h.checkpoint.load import load
-from nemotron_h.checkpoint.save import INDEX, KEPT_FLOAT32, WEIGHTS, save
+from nemotron_h.checkpoint.save import INDEX, KEPT_FLOAT32, WEIGHTS, published_parameters, save, write_model
 from nemotron_h.config.model import ModelConfig
 from nemotron_h.config.published import read_config
 from nemotron_h.errors import CheckpointError
@@ -84,6 +84,21 @@ def test_through_the_public_names(build: Build, tmp_path: Path) -> None:
     text = nemotron_h.load(tmp_path / "m", precision="float32")
     assert text.tokenizer is None
     assert torch.equal(logits(text.model), logits(build()))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64, "float32"])
+def test_other_dtypes_are_refused_before_anything_is_written(build: Build, tmp_path: Path, dtype: torch.dtype) -> None:
+    message = rf"dtype: must be one of bfloat16, float16, float32, float64; got {dtype}"
+    with pytest.raises(CheckpointError, match=message):
+        save(build(), tmp_path / "m", dtype=dtype)
+    with pytest.raises(CheckpointError, match=message):
+        write_model(build(), tmp_path, dtype=dtype)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tied_head_is_counted_without_a_copy(build: Build, config: ModelConfig) -> None:
+    model = build(replace(config, tied_embeddings=True))
+    assert published_parameters(model)["lm_head.weight"] is model.head_weight
 
 
 def test_an_existing_folder_is_refused(build: Build, tmp_path: Path) -> None:

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from nemotron_h.checkpoint.save import save
-from nemotron_h.cli import main
+from nemotron_h.cli.app import main
 from nemotron_h.config.model import AttentionConfig, MambaConfig, MlpConfig, ModelConfig
 from nemotron_h.config.tokenizer import TokenizerConfig
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.model.init import initialise
 from nemotron_h.text.bpe import train
 
-COMMAND = "from nemotron_h.cli import main; main()"
+COMMAND = "from nemotron_h.cli.app import main; main()"
 CONFIG = ModelConfig.from_pattern(
     "M-*-",
     hidden_size=32,

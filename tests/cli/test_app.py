@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import nemotron_h
 from nemotron_h.cli import app
@@ -16,7 +19,7 @@ from nemotron_h.errors import CapacityError
 
 MEASURED = """
 import json, sys, time
-from nemotron_h.cli import main
+from nemotron_h.cli.app import main
 try:
     main()
 finally:
@@ -33,17 +36,37 @@ def test_it_answers_in_a_blink(arguments: list[str]) -> None:
     assert seconds < 0.4  # of CPU time, the start of Python in it
 
 
+def test_the_installed_script_is_the_function_that_is_tested() -> None:
+    script = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["scripts"][
+        "nemotron-h"
+    ]
+    assert EntryPoint("nemotron-h", script, "console_scripts").load() is app.main
+
+
 def test_version(command: Callable[..., Any]) -> None:
     assert command("--version").out == f"{nemotron_h.__version__}\n"
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["frobnicate"], ["show"], ["show", "8b", "--nothing"], ["generate", "a", "--max-tokens", "many"]]
+    "arguments", [["frobnicate"], ["show"], ["show", "8b", "--nothing"], ["generate", "a", "--max-tokens", "many"]]
 )
-def test_usage_errors_leave_with_2(command: Callable[..., Any], arguments: list[str]) -> None:
+def test_usage_errors_are_one_line(command: Callable[..., Any], arguments: list[str]) -> None:
     ended = command(*arguments)
-    assert ended.code == 2
-    assert "Traceback" not in ended.err
+    assert ended.line.endswith("; --help shows the usage")
+    assert ended.out == ""
+
+
+def test_no_arguments_show_the_help(command: Callable[..., Any]) -> None:
+    bare, asked = command(), command("--help")
+    assert (bare.code, bare.out) == (0, asked.out)
+
+
+def test_a_usage_error_names_its_place(command: Callable[..., Any]) -> None:
+    line = command("generate", "a", "--max-tokens", "many").line
+    assert "'--max-tokens'" in line
+    assert "integer" in line
+    assert "frobnicate" in command("frobnicate").line
+    assert "Traceback" in command("frobnicate", "--debug").err
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
@@ -85,6 +108,22 @@ def test_what_the_system_refuses_is_one_line(command: Callable[..., Any], monkey
     assert command("show", "8b").line == "disk: one line"
 
 
+def torch_on_a_cpu() -> RuntimeError:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**62, dtype=torch.uint8)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch_on_a_cpu(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")]
+)
+def test_memory_that_ran_out_is_one_line(
+    command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr("nemotron_h.cli.show.model_config", failing(error))
+    assert command("show", "8b").line.startswith("memory: ran out; ask for less")
+
+
 def test_an_interrupt_leaves_with_130(command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nemotron_h.cli.show.model_config", failing(KeyboardInterrupt()))
     ended = command("show", "8b")
@@ -96,7 +135,7 @@ def test_an_interrupt_leaves_with_130(command: Callable[..., Any], monkeypatch: 
 def test_a_reader_that_leaves_is_no_error(arguments: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    line = [sys.executable, "-c", "from nemotron_h.cli import main; main()", *arguments]
+    line = [sys.executable, "-c", "from nemotron_h.cli.app import main; main()", *arguments]
     done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert done.returncode == 1
@@ -105,7 +144,7 @@ def test_a_reader_that_leaves_is_no_error(arguments: list[str]) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_output_that_does_not_fit_is_one_line() -> None:
-    line = [sys.executable, "-c", "from nemotron_h.cli import main; main()", "show", "8b", "--json"]
+    line = [sys.executable, "-c", "from nemotron_h.cli.app import main; main()", "show", "8b", "--json"]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 2

@@ -13,7 +13,7 @@ import pytest
 
 from nemotron_h.checkpoint.load import load as load_model
 from nemotron_h.checkpoint.save import save
-from nemotron_h.inference.load import load
+from nemotron_h.inference.load import LanguageModel, load
 
 Command = Callable[..., Any]
 
@@ -37,7 +37,7 @@ def test_a_reader_that_leaves_ends_the_stream(checkpoint: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     arguments = ["generate", str(checkpoint), "x", "--max-tokens", "1000000", "--temperature", "1", "--ignore-end"]
-    line = [sys.executable, "-c", "from nemotron_h.cli import main; main()", *arguments]
+    line = [sys.executable, "-c", "from nemotron_h.cli.app import main; main()", *arguments]
     done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert done.returncode == 1
@@ -74,8 +74,8 @@ def test_ids_as_a_line(command: Command, folder: Path) -> None:
         (["x", "--max-tokens", "0"], "max_tokens: must be 1 or above; got 0"),
         (["x", "--stop", ""], "stop: must not hold an empty string"),
         (["x", "--precision", "int3"], "precision: must be one of bfloat16, float32; got 'int3'"),
-        ([], "prompt: must be given once"),
-        (["x", "--ids", "5"], "prompt: must be given once"),
+        ([], "prompt: must be given once, as PROMPT, --prompt-file, --ids; got none"),
+        (["x", "--ids", "5"], "prompt: must be given once, as PROMPT, --prompt-file, --ids; got PROMPT and --ids"),
         (["--ids", "5,x"], "ids: must be whole numbers"),
         (["--ids", ""], "ids: must be whole numbers"),
         (["--ids", "5,320"], "ids: must be integers in 0..319; got 320 at place 1"),
@@ -88,6 +88,21 @@ def test_what_cannot_be_honoured_is_one_line(
     ended = command("generate", checkpoint, *options)
     assert ended.line.startswith(words)
     assert ended.out == ""
+
+
+@pytest.mark.parametrize("options", [["--max-tokens", "0"], ["--stop", ""], ["--precision", "int3"]])
+def test_options_are_checked_before_the_model_is_read(command: Command, options: list[str]) -> None:
+    assert command("generate", "no-such-folder", "x", *options).line.startswith(f"{options[0][2:].replace('-', '_')}: ")
+
+
+def test_a_terminal_is_not_steered_by_the_model(
+    command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces = iter(["a\x1b[3", "1mb\r\n"] * 2)
+    monkeypatch.setattr(LanguageModel, "stream", lambda *_, **options: [next(pieces), next(pieces)])
+    assert command("generate", folder, "x").out == "a\x1b[31mb\r\n\n"  # into a file, as it is
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert command("generate", folder, "x").out == "a\ufffd[31mb\ufffd\n\n"
 
 
 def test_a_prompt_file_that_is_not_utf8(command: Command, checkpoint: Path, tmp_path: Path) -> None:

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 
 from nemotron_h.checkpoint.files import claimed
+from nemotron_h.cli import stages
+from nemotron_h.cli.run import seconds_left
+from nemotron_h.cli.watch import Watch
 from nemotron_h.config.recipe import STAGES
 from nemotron_h.inference.load import load
 
@@ -123,6 +126,93 @@ def test_fresh_starts_beside(command: Command, arguments: list[object]) -> None:
     assert "done before" in command(*arguments, "--until", "corpus", "--name", "laptop-2").out
 
 
+STOP = """
+import os, signal
+from nemotron_h.training import loop
+real = loop._Run.advance
+def advance(self, *rest):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return real(self, *rest)
+loop._Run.advance = advance
+"""
+
+
+def test_a_stopped_run_says_what_to_type(command: Command, process: Command, arguments: list[object]) -> None:
+    Path("runs/laptop").mkdir(parents=True)
+    stopped = process(*arguments, "--fresh", before=STOP)
+    assert stopped.code == 128 + signal.SIGTERM, stopped.err
+    assert "stopped at step 1 of 3; saved; --name laptop-2 instead of --fresh goes on from there" in stopped.out
+    stopped = process(*arguments, "--name", "laptop-2", before=STOP)
+    assert "stopped at step 2 of 3; saved; the same command goes on from there" in stopped.out
+    assert command(*arguments, "--name", "laptop-2").code == 0
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["laptop", "laptop-2"]
+
+
+def failing(error: BaseException) -> Callable[..., None]:
+    def stage(*_: object) -> None:
+        raise error
+
+    return stage
+
+
+def test_the_seconds_of_a_stage_are_those_of_all_its_goes(
+    command: Command, arguments: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = iter([20.0, 300.0, 4000.0])
+    monkeypatch.setattr(Watch, "seconds", property(lambda watch: next(seconds)))
+    for error, code in [(KeyboardInterrupt(), 130), (OSError(28, "No space left on device"), 2)]:
+        with monkeypatch.context() as patched:
+            patched.setitem(stages.STAGES, "corpus", failing(error))
+            assert command(*arguments, "--until", "corpus").code == code
+    assert command(*arguments, "--until", "corpus").code == 0
+    assert json.loads(Path("runs/laptop/result.json").read_text())["seconds"] == {"corpus": 4320.0}
+    assert [path.name for path in Path("runs/laptop/stages").iterdir()] == ["corpus.json"]
+
+
+def test_seconds_left_at_the_pace_of_the_finished_stages() -> None:
+    limits = {"corpus": 5, "tokenizer": 10, "train": 100, "samples": 0}
+    assert seconds_left(limits, {"corpus": 10.0}, ["tokenizer", "train"]) == 220
+    assert seconds_left(limits, {"corpus": 10.0, "tokenizer": 5.0, "shards": 70.0}, ["train"]) == 100
+    assert seconds_left(limits, {"corpus": 10.0}, []) is None
+    assert seconds_left(limits, {"corpus": 10.0}, ["shards", "train"]) is None
+    assert seconds_left(limits, {"samples": 10.0}, ["train"]) is None
+
+
+def test_the_first_stages_tell_how_long_the_run_takes(
+    command: Command, arguments: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {"corpus": 10.0, "tokenizer": 5.0, "train": 2.0, "samples": 2.0}
+    monkeypatch.setattr(Watch, "seconds", property(lambda watch: seconds[watch.name]))
+    for stage in seconds:
+        monkeypatch.setitem(stages.STAGES, stage, lambda *_: {"bits_per_byte": 3.0, "checkpoint": "a"})
+    arguments += ['stages=["corpus", "tokenizer", "train", "samples"]']
+    arguments += ["limit_seconds={corpus = 5, tokenizer = 10, train = 100, samples = 10}"]
+
+    def left(*options: object) -> list[str]:
+        return [line for line in command(*arguments, *options).out.splitlines() if "to go" in line]
+
+    rule = "run        about {} s to go at this machine's pace"
+    assert left("--until", "tokenizer") == [rule.format(20)]
+    assert left("--only", "corpus") == []
+    assert left("--name", "whole") == [rule.format(240), rule.format(110)]  # then training measures itself
+    Path("runs/laptop/stages/tokenizer.json").unlink()
+    assert left() == [rule.format(110)]  # what was done before says nothing anew
+
+
+@pytest.mark.parametrize("text", ["", '{"seconds": 1', "[]", "\xff"])
+def test_a_damaged_file_of_the_run_is_one_line(command: Command, arguments: list[object], text: str) -> None:
+    assert command(*arguments, "--until", "corpus").code == 0
+    for path in (Path("runs/laptop/stages/corpus.json"), Path("runs/laptop/recipe.json")):
+        path.write_text(text, encoding="latin-1")
+        line = command(*arguments, "--until", "corpus").line
+        assert line.startswith(f"{path}: must be a JSON object")
+        assert line.endswith("; remove it to do again what wrote it")
+        path.unlink()
+        assert command(*arguments, "--until", "corpus").code == 0
+    Path("runs/laptop/stages/corpus.json").write_text("{}")
+    assert "must be a JSON object with seconds" in command(*arguments, "--until", "corpus").line
+
+
 def test_other_settings_are_refused_by_name(command: Command, arguments: list[object]) -> None:
     assert command(*arguments, "--until", "corpus").code == 0
     line = command(*arguments, "train.steps=4", "--until", "corpus").line
@@ -157,8 +247,10 @@ def test_a_limit_that_is_passed_is_said(command: Command, arguments: list[object
         (["samples.max_tokens=0"], "samples.max_tokens: must be 1 or above; got 0"),
         (['stages=["train", "corpus"]'], "stages: must be some of"),
         (['stages=["korpus"]'], "stages: must name known stages; got 'korpus'; did you mean corpus?"),
+        (["limit_seconds.train=-5"], "limit_seconds.train: must be 0 or above; got -5"),
         (["limit_seconds.korpus=3"], "limit_seconds: must name known stages; got 'korpus'"),
         (["--name", "a/b"], "name: must be the name of a folder under runs/; got 'a/b'"),
+        (["--name", "a\\b"], "name: must be the name of a folder under runs/; got 'a\\\\b'"),
         (["--name", ""], "name: must be the name of a folder under runs/; got ''"),
         (["tokenizer.vocab_size=999999"], "tokenizer.vocab_size: must fit the model's"),
     ],
@@ -185,6 +277,6 @@ def test_a_corpus_that_is_none_is_one_line(command: Command, arguments: list[obj
 
 
 def test_a_name_is_taken_as_it_stands(command: Command, arguments: list[object]) -> None:
-    name = 'it\'s a "name" [1]\\'
+    name = 'it\'s a "name" [1]'
     assert command(*arguments, "--until", "corpus", "--name", name).code == 0
     assert [path.name for path in Path("runs").iterdir()] == [name]

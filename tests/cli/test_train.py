@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from nemotron_h.data.shards import ShardWriter
+from nemotron_h.data.shards import HEADER, MAGIC, VERSION, ShardWriter
 from nemotron_h.inference.load import load
 from nemotron_h.training.metrics import rows
 
 Command = Callable[..., Any]
 SETTINGS = ["steps=300", "sequence_length=32", "batch_size=1", "learning_rate=1e-3", "precision=float32"]
-COMMAND = "import torch; torch.set_num_threads(1)\nfrom nemotron_h.cli import main; main()"
+COMMAND = "import torch; torch.set_num_threads(1)\nfrom nemotron_h.cli.app import main; main()"
 
 
 @pytest.fixture
@@ -82,6 +82,14 @@ def test_stopped_by_signals_and_a_full_disk_it_ends_in_the_same_bits(
     ended = command(*arguments)
     assert ended.code == 0, ended.err
     assert weights(out) == weights(whole)
+
+
+def test_an_empty_held_out_shard_is_refused(command: Command, checkpoint: Path, shard: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.bin").touch()
+    (tmp_path / "empty.idx").write_bytes(HEADER.pack(MAGIC, VERSION, 8, 0, 1) + bytes(8))
+    arguments = ["train", checkpoint, shard, "steps=1", "sequence_length=32", "--out", tmp_path / "out"]
+    line = command(*arguments, "--validation", tmp_path / "empty").line
+    assert line == f"{tmp_path / 'empty'}: must hold two tokens or more; got 0; add documents"
 
 
 def test_refusals(command: Command, checkpoint: Path, shard: Path, tmp_path: Path) -> None:

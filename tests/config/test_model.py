@@ -42,7 +42,7 @@ MODEL = {"layers": (MlpConfig(intermediate_size=8),), "hidden_size": 32, "vocab_
         (
             AttentionConfig,
             ATTENTION | {"rope_base": 1e4, "rope_fraction": 0.2},
-            r"^attention\.rope_fraction: .* which rotates 3$",
+            r"^attention\.rope_fraction: .* which rotates 3\.2$",
         ),
         (MlpConfig, {"intermediate_size": 0}, r"^mlp\.intermediate_size: must be at least 1; got 0$"),
         (ModelConfig, MODEL | {"layers": ()}, r"^layers: must hold at least one layer; got none$"),

@@ -131,6 +131,16 @@ def test_rope_keys_steer_only_a_model_that_has_rope() -> None:
         ({"hybrid_override_pattern": "MQ"}, ConfigError, r"^pattern: must be made of .* got 'Q' at layer 1$"),
         ({"hybrid_override_pattern": ["M"]}, ConfigError, r"^hybrid_override_pattern: must be a string; got \['M'\]$"),
         ({"hybrid_override_pattern": None}, ConfigError, r"^hybrid_override_pattern: must be given; got nothing$"),
+        (
+            {
+                "hybrid_override_pattern": None,
+                "layers_block_type": ["mamba", "mlp"],
+                "layer_types": ["mamba", "attention"],
+            },
+            ConfigError,
+            r"^layers_block_type: must agree with layer_types, which says 'M\*'; got 'M-'$",
+        ),
+        ({"rope_scaling": {"factor": 8}}, UnsupportedError, r"^rope_scaling: must be None; got"),
         ({"layers_block_type": "M-"}, ConfigError, r"^layers_block_type: must be a list of strings; got 'M-'$"),
         (
             {"layers_block_type": ["mamba", "rnn"]},
@@ -153,6 +163,20 @@ def test_what_would_change_the_arithmetic_is_refused_by_its_key(
 ) -> None:
     with pytest.raises(error, match=message):
         from_published(values(**changes))
+
+
+@pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id"])
+def test_a_null_is_not_taken_for_an_id(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{key}: must be an integer; got null; give the id"):
+        from_published(values() | {key: None})
+
+
+def test_no_padding_token_stays_none(tmp_path: Path) -> None:
+    config = from_published(values() | {"pad_token_id": None})
+    assert config.pad_token_id is None
+    write_config(config, tmp_path / "config.json")
+    assert json.loads((tmp_path / "config.json").read_text())["pad_token_id"] is None
+    assert read_config(tmp_path / "config.json") == config
 
 
 def test_an_unknown_key_is_named_in_a_warning() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from nemotron_h.config.presets import PRESETS
-from nemotron_h.config.recipe import overridden, read_recipe
+from nemotron_h.config.recipe import SamplesConfig, overridden, read_recipe, toml_value
 from nemotron_h.errors import ConfigError
 
 FOLDER = resources.files("nemotron_h") / "recipes"
@@ -36,6 +36,28 @@ def test_every_recipe_of_the_package_parses(name: str) -> None:
     recipe = read_recipe(name)
     assert recipe.name == name
     assert recipe.model_config is PRESETS[recipe.model.preset]
+
+
+def test_the_laptop_recipe_takes_four_minutes_as_a_rule() -> None:
+    recipe = read_recipe("laptop")
+    assert set(recipe.limit_seconds) == set(recipe.stages)
+    assert sum(recipe.limit_seconds.values()) <= 240
+
+
+def test_prompts_end_where_a_word_may_begin() -> None:
+    assert [prompt for prompt in SamplesConfig().prompts if prompt != prompt.rstrip()] == []
+
+
+@pytest.mark.parametrize(
+    "text", ["5\nfoo = 7", "5 # steps", "5, 6", "5,", "[1] # one", '"a" # b', "# a", "5]", "5\n# a\n"]
+)
+def test_nothing_of_an_override_is_dropped(text: str) -> None:
+    assert toml_value(text) == text
+
+
+def test_an_override_is_one_toml_value() -> None:
+    texts = ["5", " 5 ", "1e-3", '"a # b"', '"""a\nb"""', "[1, 2]", "[1,\n 2,\n]", "{a = 1}", "true", ""]
+    assert [toml_value(text) for text in texts] == [5, 5, 1e-3, "a # b", "a\nb", [1, 2], [1, 2], {"a": 1}, True, ""]
 
 
 def test_a_file_is_read_and_named_after_itself(file: Path) -> None:
@@ -80,6 +102,9 @@ def test_overriding_leaves_what_it_was_given_alone() -> None:
         (["model.preset=9b"], r"^preset: must be one that exists; got '9b'"),
         (['stages=["trian"]'], r"^stages: .* got 'trian'; did you mean train\?$"),
         (["limit_seconds.trian=3"], r"^[a-z_]+: .* got 'trian'; did you mean train"),
+        (["limit_seconds.train=-5"], r"^limit_seconds\.train: must be 0 or above; got -5$"),
+        (["name='a\\b'"], r"^name: must be the name of a folder under runs/; got 'a\\\\b'$"),
+        (["train.steps=5 # steps"], r"^train\.steps: must be a valid integer; got '5 # steps'$"),
         (['name="../x"'], r"^name: must be the name of a folder under runs/; got '\.\./x'$"),
         (["tokenizer.vocab_size=5000"], r"^tokenizer\.vocab_size: must fit the model's 4096; got 5000$"),
     ],

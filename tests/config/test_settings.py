@@ -72,6 +72,8 @@ def test_nearest() -> None:
         ({"steps": 0}, r"^steps: must be 1 or above; got 0$"),
         ({"validation_length": 0}, r"^validation_length: must be 1 or above; got 0$"),
         ({"newton_schulz_steps": 0}, r"^newton_schulz_steps: must be 1 or above; got 0$"),
+        ({"newton_schulz_steps": 3}, r"^newton_schulz_steps: must be given only with 'muon'; got 3 with 'adamw'$"),
+        ({"steps": 4, "decay": "stable", "decay_fraction": 0.1}, r"^decay_fraction: must be a step or more of 4"),
         ({"embedding_learning_rate": 0.0}, r"^embedding_learning_rate: must be above 0.* got 0"),
         ({"accumulation": 0}, r"^accumulation: must be 1 or above; got 0$"),
         ({"learning_rate": 0.0}, r"^learning_rate: must be above 0.* got 0"),

@@ -1,4 +1,6 @@
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from nemotron_h.config.data import CorpusConfig
 from nemotron_h.data.corpus import REPORT, TRAIN, VALIDATION, collect, documents, standard_library
 from nemotron_h.errors import DataError
+from tests.full_disk import full_disk
 
 
 def tree(folder: Path, files: dict[str, bytes | str]) -> Path:
@@ -53,6 +56,53 @@ def test_files_are_documents_or_left_out_by_a_named_reason(tmp_path: Path) -> No
     assert (report.train_documents, report.validation_documents) == (len(train), len(validation))
     assert report.train_bytes == sum(len(text.encode()) for text in train.values())
     assert report.validation_bytes == sum(len(text.encode()) for text in validation.values())
+
+
+def test_names_that_are_not_utf8_are_left_out(tmp_path: Path) -> None:
+    source = tree(tmp_path / "source", {"a.py": "a", "b.py": "b", "\udcff.py": "c", "\udcff/d.py": "d"})
+    report = collect(CorpusConfig(), source, tmp_path / "out")
+    assert report.left_out == {"name_not_utf8": 2}
+    assert report.files == 4
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    """Opening a pipe would wait for its writer."""
+    source = tree(tmp_path / "source", {"a.py": "a", "b.py": "b"})
+    os.mkfifo(source / "pipe.py")
+    assert collect(CorpusConfig(), source, tmp_path / "out").left_out == {"special_file": 1}
+
+
+def test_a_file_that_is_too_long_is_not_read(tmp_path: Path) -> None:
+    source = tree(tmp_path / "source", {"a.py": "a", "b.py": "b", "long.txt": ""})
+    os.truncate(source / "long.txt", 10**13)  # a hole: more than any memory, and nothing on disk
+    assert collect(CorpusConfig(), source, tmp_path / "out").left_out == {"too_long": 1}
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tree(tmp_path / "source", {"a.py": "a", "b.py": "b", "closed/c.py": "c"})
+    real = os.scandir
+
+    def scandir(path: str) -> Iterator[os.DirEntry[str]]:
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)  # whatever its mode, root may list a folder
+    with pytest.raises(DataError, match=r"source/closed: must be a folder that can be listed; got Permission denied;"):
+        collect(CorpusConfig(), source, tmp_path / "out")
+    report = collect(CorpusConfig(excluded_folders=("closed",)), source, tmp_path / "out")
+    assert report.files == 2
+
+
+def test_a_full_disk_names_the_file_and_leaves_the_old_ones(tmp_path: Path) -> None:
+    source = tree(tmp_path / "source", {f"{i}.py": f"{i}" * 50 for i in range(90)})
+    collect(CorpusConfig(), source, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    tree(source, {"more.py": "more"})
+    with pytest.raises(OSError, match="File too large") as caught, full_disk(3000):
+        collect(CorpusConfig(), source, tmp_path / "out")
+    assert caught.value.filename == str(tmp_path / "out" / TRAIN)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
 @pytest.mark.parametrize("fraction", [0.001, 0.1, 0.5])

@@ -1,6 +1,8 @@
+import os
 import re
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from nemotron_h.data.shards import HEADER, MAX_SEQUENCE, Shard, ShardWriter
 from nemotron_h.errors import DataError, UnsupportedError
+from tests.full_disk import full_disk
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 59_999), min_size=1, max_size=9), min_size=1, max_size=9)
 
@@ -73,6 +76,70 @@ def test_a_refused_document_leaves_the_old_shard(tmp_path: Path, document: list[
         writer.add_document(document)
     assert Shard(tmp_path / "s").tokens.tolist() == [7]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s.bin", "s.idx"]
+
+
+@pytest.mark.parametrize(
+    ("documents", "name"),
+    [
+        ([[8] * 10_000] * 3, "s.bin"),  # beyond the buffer: while documents come
+        ([[8] * 3000], "s.bin"),
+        ([[8]] * 200, "s.idx"),
+    ],
+)
+def test_a_full_disk_names_the_file_and_leaves_the_old_shard(
+    tmp_path: Path, documents: list[list[int]], name: str
+) -> None:
+    with ShardWriter(tmp_path / "s", vocab_size=100) as writer:
+        writer.add_document([7])
+    with (
+        pytest.raises(OSError, match="File too large") as caught,
+        full_disk(3000),
+        ShardWriter(tmp_path / "s", vocab_size=100) as writer,
+    ):
+        for document in documents:
+            writer.add_document(document)
+    assert caught.value.filename == str(tmp_path / name)
+    assert Shard(tmp_path / "s").tokens.tolist() == [7]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s.bin", "s.idx"]
+
+
+@pytest.mark.parametrize("call", range(4))
+def test_an_old_half_never_stands_beside_a_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """Killed before any of the calls that change names, a shard is the old one, the new one, or refused."""
+
+    def killed(real: Callable[..., object]) -> Callable[..., object]:
+        def wrapped(path: Path, *args: object, **options: object) -> object:
+            calls.append(path)
+            if len(calls) > call:
+                raise KeyboardInterrupt
+            return real(path, *args, **options)
+
+        return wrapped
+
+    calls: list[Path] = []
+    for token in (7, 8):
+        writer = ShardWriter(tmp_path / "s", vocab_size=100)
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            if token == 8:
+                patch.setattr(Path, "unlink", killed(Path.unlink))
+                patch.setattr(Path, "replace", killed(Path.replace))
+            with writer:
+                writer.add_document([token])
+    assert len(calls) >= min(call + 1, 3)
+    if 0 < call < 3:
+        with pytest.raises(DataError, match="must be a file of a shard; got no such file"):
+            Shard(tmp_path / "s")
+    else:
+        assert Shard(tmp_path / "s").tokens.tolist() == [8 if call else 7]
+
+
+def test_both_files_are_on_disk_before_the_old_shard_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: set[int] = set()
+    monkeypatch.setattr(os, "fsync", lambda handle: flushed.add(os.fstat(handle).st_ino))
+    for token in (7, 8):
+        with ShardWriter(tmp_path / "s", vocab_size=100) as writer:
+            writer.add_document([token])
+    assert {path.stat().st_ino for path in (*tmp_path.iterdir(), tmp_path)} <= flushed
 
 
 def test_no_documents_make_no_shard(tmp_path: Path) -> None:

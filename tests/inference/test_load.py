@@ -1,5 +1,6 @@
 """Text in, text out."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from nemotron_h.config.sampling import Sampling
 from nemotron_h.errors import CheckpointError, RequestError
 from nemotron_h.inference.load import LanguageModel, load
 from nemotron_h.model.hybrid import Hybrid
-from nemotron_h.text.tokenizer import Tokenizer
+from nemotron_h.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 Build = Callable[..., Hybrid]
 
@@ -45,6 +46,24 @@ def test_padded_ids_are_never_drawn_as_text(build: Build, tokenizer: Tokenizer) 
     language = LanguageModel(model, tokenizer)
     raw = language.tokens([5, 9], max_tokens=40, sampling=Sampling(temperature=2.0), ignore_end=True)
     assert max(raw) >= tokenizer.vocab_size  # ids alone: the model's whole vocabulary
+    for temperature in (0.0, 2.0):
+        assert language.generate("the", max_tokens=40, temperature=temperature, ignore_end=True)
+
+
+def test_ids_that_the_tokenizer_skips_are_never_drawn_as_text(
+    build: Build, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """A control token far above the others leaves a hole, and there the likeliest ids by far."""
+    tokenizer.save(tmp_path)
+    data = json.loads((tmp_path / TOKENIZER_FILE).read_text(encoding="utf-8"))
+    data["added_tokens"].append({**data["added_tokens"][-1], "id": 349, "content": "<SPECIAL_349>"})
+    (tmp_path / TOKENIZER_FILE).write_text(json.dumps(data), encoding="utf-8")
+    model = build()
+    with torch.no_grad():
+        model.head_weight[320:349] = 3 * model.head_weight[:29]
+    language = LanguageModel(model, Tokenizer.load(tmp_path))
+    raw = list(language.tokens([5, 9], max_tokens=40, sampling=Sampling(temperature=2.0), ignore_end=True))
+    assert any(320 <= token < 349 for token in raw)
     for temperature in (0.0, 2.0):
         assert language.generate("the", max_tokens=40, temperature=temperature, ignore_end=True)
 
@@ -125,6 +144,8 @@ def test_a_tokenizer_that_does_not_fit_is_refused(folder: Path, build: Build, tm
     Tokenizer.load(folder).save(tmp_path / "small")
     with pytest.raises(CheckpointError, match=r"tokenizer.json: has 320 ids"):
         load(tmp_path / "small")
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: has 320 ids"):
+        LanguageModel(small, Tokenizer.load(folder))
 
 
 def test_an_empty_prompt_begins_a_text(language: LanguageModel) -> None:

@@ -1,6 +1,7 @@
 """A state is a faster way to the same tokens."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,14 +55,33 @@ def test_it_ends_before_an_end_token(build: Build) -> None:
     assert got == whole[: whole.index(end)]
 
 
-def test_only_ids_below_a_limit_are_drawn(build: Build) -> None:
+def test_only_the_ids_allowed_are_drawn(build: Build) -> None:
     model, prompt = build(), prompt_of(30)
-    best = next(naive.tokens(model, prompt, max_tokens=1, sampling=GREEDY))
     logits = naive.next_logits(model, prompt, model.empty_state(1))
-    limited = next(naive.tokens(model, prompt, max_tokens=1, sampling=GREEDY, drawn_below=best))
-    assert limited == int(logits[:best].argmax()) < best
-    drawn = naive.tokens(model, prompt, max_tokens=60, sampling=Sampling(temperature=5.0), drawn_below=7)
-    assert set(drawn) <= set(range(7))
+    best = int(logits.argmax())
+    others = [token for token in range(352) if token != best]
+    second = next(naive.tokens(model, prompt, max_tokens=1, sampling=GREEDY, drawn_from=others))
+    assert logits[second] == logits[others].max()
+    drawn = naive.tokens(model, prompt, max_tokens=60, sampling=Sampling(temperature=5.0), drawn_from=[350, 3, 9])
+    assert set(drawn) == {3, 9, 350}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ends_and_allowed_ids_as_recomputed(build: Build, temperature: float) -> None:
+    model, prompt = build(), prompt_of(30)
+    options = {"max_tokens": 20, "sampling": Sampling(temperature=temperature), "drawn_from": range(0, 352, 3)}
+    whole = naive.recomputed(model, prompt, **options)
+    assert list(naive.tokens(model, prompt, **options)) == whole
+    assert len(whole) == 20
+    ends = iter([whole[5], 400])
+    assert naive.recomputed(model, prompt, **options, ends=ends) == whole[: whole.index(whole[5])]
+
+
+@pytest.mark.parametrize("ids", [[], [3, 352], [-1]])
+def test_allowed_ids_that_are_none_are_refused(build: Build, ids: list[int]) -> None:
+    for generate in (naive.tokens, naive.recomputed):
+        with pytest.raises(RequestError, match=r"drawn_from: must be one id or more of 0\.\.351; got"):
+            generate(build(), [1], max_tokens=1, sampling=GREEDY, drawn_from=ids)
 
 
 @pytest.mark.parametrize(
@@ -71,10 +91,14 @@ def test_only_ids_below_a_limit_are_drawn(build: Build) -> None:
         ([1, 352], 5, r"ids: must be integers in 0..351; got 352 at place 1"),
         ([-1], 5, r"ids: must be integers in 0..351; got -1 at place 0"),
         ([1.5], 5, r"ids: must be integers in 0..351; got 1.5"),
+        ([5, True], 5, r"ids: must be integers in 0..351; got True at place 1"),
         ([1], 0, "max_tokens: must be 1 or above; got 0"),
+        ([1], 1.5, "max_tokens: must be a whole number; got 1.5"),
+        ([1], True, "max_tokens: must be a whole number; got True"),
+        ([1], "3", "max_tokens: must be a whole number; got '3'"),
     ],
 )
-def test_refusals_come_before_the_first_token(build: Build, prompt: list[int], max_tokens: int, words: str) -> None:
+def test_refusals_come_before_the_first_token(build: Build, prompt: list[int], max_tokens: Any, words: str) -> None:
     with pytest.raises(RequestError, match=words):
         naive.tokens(build(), prompt, max_tokens=max_tokens, sampling=GREEDY)
     with pytest.raises(RequestError, match=words):

@@ -16,6 +16,7 @@ from nemotron_h.errors import ShapeError
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.model.init import initialise
 from nemotron_h.model.state import AttentionState, MambaState, State
+from nemotron_h.ops.segments import Segments
 from tests.model.shapes import FAMILY, model, random_tokens
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -99,7 +100,7 @@ def test_token_by_token_equals_at_once(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("name", "dtype", "count"), SOME)
 def test_cut_anywhere_equals_whole(name: str, dtype: torch.dtype, count: int, threads: Callable[[int], None]) -> None:
-    @settings(max_examples=2)
+    @settings(max_examples=4)
     @given(cuts=cuts_of)
     @torch.no_grad()
     def check(cuts: list[int]) -> None:
@@ -113,7 +114,7 @@ def test_cut_anywhere_equals_whole(name: str, dtype: torch.dtype, count: int, th
 def test_a_batch_at_different_places_equals_each_alone(
     name: str, dtype: torch.dtype, count: int, threads: Callable[[int], None]
 ) -> None:
-    @settings(max_examples=2)
+    @settings(max_examples=4)
     @given(calls=ragged_calls)
     @torch.no_grad()
     def check(calls: list[list[int]]) -> None:
@@ -244,6 +245,52 @@ def test_a_state_is_refused_where_gradients_are_wanted(pattern: str) -> None:
     initialise(net, 0)
     with pytest.raises(ShapeError, match=r"^state: must be None where gradients are wanted"):
         net(torch.zeros(1, 3, dtype=torch.int64), net.empty_state(1))
+
+
+def test_a_frozen_embedding_does_not_let_a_state_through() -> None:
+    net = model("8b")
+    net.requires_grad_(True)
+    net.backbone.embeddings.weight.requires_grad_(False)
+    with pytest.raises(ShapeError, match=r"^state: must be None where gradients are wanted"):
+        net(random_tokens(1, 3, seed=0), net.empty_state(1))
+    net.requires_grad_(False)
+    net(random_tokens(1, 3, seed=0), net.empty_state(1))  # nothing to learn
+
+
+def test_a_past_that_nobody_holds_is_refused() -> None:
+    net = model("8b")
+    with torch.no_grad(), pytest.raises(ShapeError, match=r"^state: must hold what lies before the tokens, .* 50$"):
+        net.hidden(torch.zeros(4, dtype=torch.int64), Segments((50,), (4,)))
+
+
+@torch.no_grad()
+def test_a_state_whose_call_was_interrupted_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, state = model("8b"), model("8b").empty_state(1)
+    net(random_tokens(1, 5, seed=0), state)
+    before = state.copy()
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(net.backbone.layers[-1]), "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            net(random_tokens(1, 5, seed=1), state)
+    for broken in (state, state.copy()):
+        with pytest.raises(ShapeError, match=r"^state: was left half-written"):
+            net(random_tokens(1, 5, seed=1), broken)
+    net(random_tokens(1, 5, seed=1), before)
+
+
+@torch.no_grad()
+def test_pages_that_somebody_hands_out_are_never_taken() -> None:
+    net = model("8b")
+    own = net.empty_state(1)
+    net(random_tokens(1, 250, seed=0), own)
+    foreign = State(own.positions, own.tables, own.layers)
+    net(random_tokens(1, 6, seed=1), foreign)  # to the end of its page
+    with pytest.raises(ShapeError, match=r"^tables: must have pages for the new tokens; 1 are missing"):
+        net(random_tokens(1, 1, seed=2), foreign)
 
 
 def test_one_key_value_head_keeps_its_bits_on_two_threads() -> None:

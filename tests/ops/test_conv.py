@@ -151,8 +151,13 @@ def test_wrong_shapes_are_refused_by_name(name: str, value: Tensor) -> None:
         causal_conv(**(arguments | {name: value}), segments=segments)
 
 
-def test_gradients_through_a_state_are_refused() -> None:
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "carried"])
+def test_gradients_through_a_state_are_refused(name: str) -> None:
     segments = Segments((3,), (8,))
-    x, (weight, bias) = rows(segments, 0).requires_grad_(), weights()
+    weight, bias = weights()
+    given = {"x": rows(segments, 0), "weight": weight, "bias": bias, "carried": torch.zeros(1, 3, CHANNELS)}
+    given = {key: value.detach() for key, value in given.items()}
+    causal_conv(**given, segments=segments)
+    given[name].requires_grad_()
     with pytest.raises(ShapeError, match="carried: must be None where gradients are wanted"):
-        causal_conv(x, weight, bias, segments, torch.zeros(1, 3, CHANNELS))
+        causal_conv(**given, segments=segments)

@@ -127,6 +127,16 @@ def test_wrong_shapes_are_refused_by_name() -> None:
         cross_entropy(hidden, weight[:, :-1], targets)
 
 
+@pytest.mark.parametrize("beyond", [-1, -101, None])
+def test_targets_outside_the_vocabulary_are_refused(beyond: int | None) -> None:
+    hidden, weight, targets = random()
+    targets[1] = len(weight) if beyond is None else beyond
+    with pytest.raises(
+        ShapeError, match=rf"^targets: must lie in 0\.\.{len(weight) - 1}, or be -100; got {targets[1]}$"
+    ):
+        cross_entropy(hidden, weight, targets)
+
+
 # Peak of resident memory over what is resident before, in a process of its own. The peak is set back before: compiling
 # the kernels, the first time on a machine, takes more memory than they do.
 MEASURE = """

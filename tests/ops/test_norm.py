@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemotron_h.errors import ShapeError
+from nemotron_h.errors import ShapeError, UnsupportedError
 from nemotron_h.ops.norm import gated_rms_norm, rms_norm
 from tests.compare import assert_near, double, seeded
 
@@ -129,3 +129,33 @@ def test_wrong_shapes_are_refused_by_name() -> None:
         gated_rms_norm(torch.zeros(3, 8), x, gain, 2, EPSILON)
     with pytest.raises(ShapeError, match=r"^y: must be torch\.float32; got torch\.bfloat16"):
         gated_rms_norm(x.bfloat16(), x, gain, 2, EPSILON)
+
+
+@pytest.mark.parametrize("groups", [0, 3, 11])
+@pytest.mark.usefixtures("form")
+def test_groups_that_do_not_divide_the_channels_are_refused(groups: int) -> None:
+    with pytest.raises(ShapeError, match=f"^num_groups: must divide the 10 channels; got {groups}$"):
+        gated_rms_norm(torch.zeros(2, 10), torch.zeros(2, 10), torch.ones(10), groups, EPSILON)
+
+
+@pytest.mark.usefixtures("form")
+def test_other_than_rows_of_channels_is_refused() -> None:
+    with pytest.raises(ShapeError, match=r"^x: must have shape"):
+        rms_norm(torch.zeros(2, 3, 10), torch.ones(10), EPSILON)
+    with pytest.raises(ShapeError, match=r"^z: must have shape"):
+        gated_rms_norm(torch.zeros(2, 3, 10), torch.zeros(2, 3, 10), torch.ones(10), 2, EPSILON)
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1])
+@pytest.mark.usefixtures("form")
+def test_a_nan_stays_one_in_bfloat16(bits: int) -> None:
+    y = torch.zeros(1, 16)
+    y[0, 3] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    out = gated_rms_norm(y, torch.ones(1, 16, dtype=torch.bfloat16), torch.ones(16), 1, EPSILON)
+    assert out.isnan().all()
+
+
+def test_a_gradient_of_a_gradient_is_refused_rather_than_nothing() -> None:
+    x = values(4, 16, seed=7).requires_grad_()
+    with pytest.raises(UnsupportedError, match=r"^create_graph: must be False"):
+        torch.autograd.grad(rms_norm(x, torch.ones(16), EPSILON).sum(), x, create_graph=True)

@@ -1,5 +1,6 @@
 """Letters as in ops/ssd.py."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -183,9 +184,25 @@ def test_no_token_reads_a_later_one(place: int) -> None:
 )
 @pytest.mark.usefixtures("form")
 def test_gradients_equal_the_recurrences(lengths: list[int]) -> None:
+    check_gradients(lengths)
+
+
+@pytest.mark.parametrize(
+    ("p", "g", "n", "length"), [(5, 1, 6, 70), (40, 4, 24, 130), (80, 1, 17, 65), (17, 2, 64, 12), (64, 4, 16, 1)]
+)
+@pytest.mark.parametrize("count", [1, 3])
+def test_gradients_at_every_width(
+    p: int, g: int, n: int, length: int, count: int, threads: Callable[[int], None]
+) -> None:
+    """Widths that are not whole vectors, and chunks with fewer queries than places."""
+    threads(count)
+    check_gradients([length], p, g, n)
+
+
+def check_gradients(lengths: list[int], p: int = P, g: int = G, n: int = N) -> None:
     A = decay_rates()
-    sequences = [Inputs.random(length, seed=20 + i) for i, length in enumerate(lengths)]
-    factors = [torch.randn(length, H, P, generator=seeded(3)) for length in lengths]
+    sequences = [Inputs.random(length, 20 + i, p, g, n) for i, length in enumerate(lengths)]
+    factors = [torch.randn(length, H, p, generator=seeded(3)) for length in lengths]
 
     skip = torch.randn(H, generator=seeded(2))
     leaves = [t.requires_grad_() for t in (*(t for s in sequences for t in (s.x, s.dt, s.B, s.C)), A, skip)]
@@ -196,7 +213,7 @@ def test_gradients_equal_the_recurrences(lengths: list[int]) -> None:
     wanted_loss = torch.zeros((), dtype=torch.float64)
     for index, factor in enumerate(factors):
         own = Inputs(*exact[4 * index : 4 * index + 4])
-        y = defined(own, exact[-2], torch.zeros(H, P, N))[0] + exact[-1][:, None] * own.x
+        y = defined(own, exact[-2], torch.zeros(H, p, n))[0] + exact[-1][:, None] * own.x
         wanted_loss = wanted_loss + (y * factor).sum()
     want = torch.autograd.grad(wanted_loss, exact)
     names = [f"{name} of {i}" for i in range(len(lengths)) for name in ("x", "dt", "B", "C")] + ["A", "D"]
@@ -230,10 +247,33 @@ def test_bfloat16_inputs_are_computed_in_float32() -> None:
     assert_near(got, defined(narrow, A, torch.zeros(H, P, N))[0], ROUNDING)
 
 
+@pytest.mark.parametrize("name", ["x", "dt", "A", "B", "C", "boundary"])
+@pytest.mark.usefixtures("form")
+def test_gradients_through_a_state_are_refused(name: str) -> None:
+    segments = Segments((5,), (20,))
+    given = {
+        "x": torch.zeros(1, H, CHUNK, P),
+        "dt": torch.zeros(1, CHUNK, H),
+        "A": torch.zeros(H),
+        "B": torch.zeros(1, G, CHUNK, N),
+        "C": torch.zeros(1, G, segments.queries, N),
+        "boundary": torch.zeros(1, H, P, N),
+    }
+    ssd(**given, segments=segments)
+    given[name].requires_grad_()
+    with pytest.raises(ShapeError, match=r"^boundary: must be None where gradients are wanted"):
+        ssd(**given, segments=segments)
+    with torch.no_grad():
+        ssd(**given, segments=segments)
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "dtype"),
     [
         ("x", (1, H, CHUNK, P), torch.float32),
+        ("x", (2, H, CHUNK), torch.float32),
+        ("C", (2, 3, CHUNK, N), torch.float32),  # three groups of four heads
+        ("C", (2, G, CHUNK), torch.float32),
         ("dt", (2, H, CHUNK), torch.float32),
         ("dt", (2, CHUNK, H), torch.float64),
         ("A", (H + 1,), torch.float32),

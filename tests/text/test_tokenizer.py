@@ -12,6 +12,7 @@ from nemotron_h.config.tokenizer import TokenizerConfig
 from nemotron_h.errors import CheckpointError, DataError, NemotronError, UnsupportedError
 from nemotron_h.text.bpe import train
 from nemotron_h.text.tokenizer import AT_ONCE, SETTINGS_FILE, TOKENIZER_FILE, Tokenizer, check_fits
+from tests.full_disk import full_disk
 
 TRICKY = [
     "</s>",
@@ -114,6 +115,34 @@ def test_save_then_load_then_save_keeps_the_bytes(folder: Path, tmp_path: Path) 
     for name in (TOKENIZER_FILE, SETTINGS_FILE):
         assert (again / name).read_bytes() == (folder / name).read_bytes()
     assert sorted(path.name for path in again.iterdir()) == [TOKENIZER_FILE, SETTINGS_FILE]
+
+
+def test_settings_of_another_tokenizer_do_not_stay(folder: Path) -> None:
+    """Saved without settings of its own, a tokenizer reads back as itself."""
+    (folder / SETTINGS_FILE).write_text('{"eos_token": "<SPECIAL_12>"}', encoding="utf-8")
+    plain = Tokenizer((folder / TOKENIZER_FILE).read_bytes())
+    plain.save(folder)
+    assert Tokenizer.load(folder).eos_id == plain.eos_id == 2
+    assert [path.name for path in folder.iterdir()] == [TOKENIZER_FILE]
+
+
+def test_a_full_disk_names_the_file_and_leaves_the_old_one(folder: Path, documents: list[str]) -> None:
+    before = (folder / TOKENIZER_FILE).read_bytes()
+    other = train(documents, TokenizerConfig(vocab_size=650))
+    with pytest.raises(OSError, match="File too large") as caught, full_disk(3000):
+        other.save(folder)
+    assert caught.value.filename == str(folder / TOKENIZER_FILE)
+    assert (folder / TOKENIZER_FILE).read_bytes() == before
+    assert sorted(path.name for path in folder.iterdir()) == [TOKENIZER_FILE, SETTINGS_FILE]
+
+
+def test_known_ids_leave_out_the_holes(folder: Path) -> None:
+    def add(data: dict[str, Any]) -> None:
+        data["added_tokens"].append({**data["added_tokens"][0], "id": 718, "content": "<SPECIAL_718>"})
+
+    tokenizer = rewrite(folder, add)
+    assert tokenizer.vocab_size == 719
+    assert tokenizer.known_ids == (*range(700), 718)
 
 
 def test_names_of_the_family(tokenizer: Tokenizer) -> None:

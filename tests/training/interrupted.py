@@ -99,11 +99,11 @@ def live(shard: Shard, folder: Path, config: TrainConfig, model: ModelConfig, mo
     train(model, config, batches, held_out, folder, watch=watch)
 
 
-def main(name: str, folder: str, settings: str, model: str, *moments: str) -> None:
+def main(threads: str, name: str, folder: str, settings: str, model: str, *moments: str) -> None:
     shard = Shard(Path(name))
     config = from_mapping(TrainConfig, json.loads(settings))
     model_config = read_config(Path(model))
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(threads))
     os.fsync = lambda handle: None  # a killed process, unlike a power cut, loses nothing of what it wrote
     ends = []
     for moment in moments:

@@ -22,10 +22,11 @@ from nemotron_h.config.model import ModelConfig
 from nemotron_h.config.published import write_config
 from nemotron_h.config.settings import to_mapping
 from nemotron_h.config.train import Decay, Optimizer, Precision, TrainConfig
-from nemotron_h.data.shards import Shard
+from nemotron_h.data.batches import Batches
+from nemotron_h.data.shards import Shard, ShardWriter
 from nemotron_h.errors import CheckpointError
 from nemotron_h.training import loop
-from nemotron_h.training.loop import Progress, Trained
+from nemotron_h.training.loop import Progress, Trained, train
 from nemotron_h.training.metrics import rows
 
 Run = Callable[..., Trained]
@@ -48,30 +49,35 @@ def told(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def lives(shard: Shard, folder: Path, config: TrainConfig, model: ModelConfig, *moments: str) -> list[int]:
+def lives(shard: Shard, folder: Path, config: TrainConfig, model: ModelConfig, count: int, *moments: str) -> list[int]:
     described = folder.with_name("config.json")
     write_config(model, described)
-    arguments = [shard.name, folder, json.dumps(to_mapping(config)), described, *moments]
+    arguments = [str(count), shard.name, folder, json.dumps(to_mapping(config)), described, *moments]
     script = Path(__file__).with_name("interrupted.py")
-    one_thread = os.environ | {"NUMBA_NUM_THREADS": "1"}  # as in this process: `one_thread` in conftest.py
-    done = subprocess.run(
-        [sys.executable, script, *arguments], capture_output=True, text=True, check=False, env=one_thread
-    )
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "count"),
     [
-        {"optimizer": Optimizer.ADAMW, "precision": Precision.BFLOAT16},
-        MUON | {"accumulation": 2, "decay": Decay.STABLE, "decay_fraction": 0.5},
+        ({"optimizer": Optimizer.ADAMW, "precision": Precision.BFLOAT16}, 1),
+        (MUON | {"accumulation": 2, "decay": Decay.STABLE, "decay_fraction": 0.5}, 2),
     ],
-    ids=["adamw", "muon"],
+    ids=["adamw", "muon on two threads"],
 )
 def test_killed_five_times_it_ends_in_the_same_bits(
-    run: Run, shard: Shard, settings: TrainConfig, model_config: ModelConfig, tmp_path: Path, changes: dict[str, Any]
+    run: Run,
+    shard: Shard,
+    settings: TrainConfig,
+    model_config: ModelConfig,
+    tmp_path: Path,
+    threads: Callable[[int], None],
+    changes: dict[str, Any],
+    count: int,
 ) -> None:
+    threads(count)
     run(tmp_path / "whole", **changes)
     draw = random.Random(11)
     moments = [
@@ -83,7 +89,7 @@ def test_killed_five_times_it_ends_in_the_same_bits(
         f"step:{draw.randint(36, 39)}",
         "end",
     ]
-    ends = lives(shard, tmp_path / "killed", replace(settings, **changes), model_config, *moments)
+    ends = lives(shard, tmp_path / "killed", replace(settings, **changes), model_config, count, *moments)
     assert ends == [-signal.SIGKILL] * 6 + [0]
     assert hashes(tmp_path / "killed") == hashes(tmp_path / "whole")
     assert [row["step"] for row in told(tmp_path / "killed")] == list(range(1, 41))
@@ -121,6 +127,16 @@ def test_a_second_interrupt_interrupts(run: Run, tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, watch=impatient)
+
+
+def test_an_interrupt_after_sigterm_still_saves(run: Run, tmp_path: Path) -> None:
+    def stop(progress: Progress) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    trained = run(tmp_path, watch=stop)
+    assert trained.stopped_by == signal.SIGTERM
+    assert trained.checkpoint.name == "step-00000001"
 
 
 def test_a_signal_before_the_first_step_is_gone_on_from(
@@ -165,16 +181,36 @@ def test_other_settings_are_refused_by_name(
         run(tmp_path, **changes)
 
 
-def test_other_data_is_refused(run: Run, tmp_path: Path, settings: TrainConfig) -> None:
+def test_other_data_is_refused(
+    run: Run, shard: Shard, tmp_path: Path, settings: TrainConfig, model_config: ModelConfig
+) -> None:
+    def stop(progress: Progress) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    run(tmp_path, watch=stop)
+    with ShardWriter(tmp_path / "other", vocab_size=64) as writer:
+        for begin, end in pairwise(shard.document_starts):
+            writer.add_document([(int(token) + 1) % 64 for token in shard.tokens[begin:end]])
+    other = Shard(tmp_path / "other")
+    for batches, name in (
+        (Batches(other, 32, settings.batch_size, settings.seed), "data.shard"),
+        (Batches(shard, 32, settings.batch_size, settings.seed + 1), "data.order_seed"),
+    ):
+        with pytest.raises(CheckpointError, match=f"^{name}: must be"):
+            train(model_config, settings, batches, lambda limit: [], tmp_path)
+
+
+def test_another_tokenizer_is_refused(run: Run, tmp_path: Path) -> None:
     def stop(progress: Progress) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     run(tmp_path, watch=stop)
     path = tmp_path / "checkpoints" / "step-00000001" / "training.json"
     values = json.loads(path.read_text())
-    values["settings"]["windows_per_epoch"] += 1
+    assert values["settings"]["tokenizer"] is None
+    values["settings"]["tokenizer"] = "of another"
     path.write_text(json.dumps(values))
-    with pytest.raises(CheckpointError, match="windows_per_epoch: must be"):
+    with pytest.raises(CheckpointError, match=r"^tokenizer: must be 'of another'"):
         run(tmp_path)
 
 

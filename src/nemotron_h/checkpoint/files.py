@@ -5,7 +5,6 @@ whenever the writer was killed. An existing folder is never written over.
 """
 
 import fcntl
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from nemotron_h.errors import CapacityError, CheckpointError
-
-PARTIAL = ".partial"  # the end of a hidden name; leftovers of a killed writer are removed by the next
+from nemotron_h.files import PARTIAL, flush_path, hidden, replacing
 
 
 @contextmanager
@@ -27,7 +25,7 @@ def new_folder(folder: Path, *, need_bytes: int = 0) -> Iterator[Path]:
     """
     if folder.exists():
         raise CheckpointError(f"{folder}: must not exist, nothing is written over; name another folder")
-    partial = _hidden(folder)
+    partial = hidden(folder)
     try:
         with writing(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -40,10 +38,10 @@ def new_folder(folder: Path, *, need_bytes: int = 0) -> Iterator[Path]:
             partial.mkdir()
             yield partial
             for file in partial.iterdir():
-                flush(file)
-            flush(partial)
+                flush_path(file)
+            flush_path(partial)
             partial.rename(folder)
-            flush(folder.parent)
+            flush_path(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -83,29 +81,12 @@ def remove_leftovers(parent: Path) -> None:
 def remove(path: Path) -> None:
     """Remove a file or folder where there is one; a folder loses its name first, so that no half of it is read."""
     if path.is_dir():
-        hidden = path if path.name.endswith(PARTIAL) else path.rename(_hidden(path))
-        shutil.rmtree(hidden)
+        shutil.rmtree(path if path.name.endswith(PARTIAL) else path.rename(hidden(path)))
     else:
         path.unlink(missing_ok=True)
 
 
-def flush(path: Path) -> None:
-    """Wait until a file or a folder's entries are on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def write_text(path: Path, text: str) -> None:
-    """Replace one small file, whole or not at all."""
-    partial = _hidden(path)
-    with writing(path):
-        partial.write_text(text, encoding="utf-8")
-        flush(partial)
-        partial.replace(path)
-
-
-def _hidden(path: Path) -> Path:
-    return path.with_name(f".{path.name}{PARTIAL}")
+    """Replace one small file, whole or not at all. Raises: CapacityError where the disk does not take it."""
+    with writing(path), replacing(path) as file:
+        file.write(text.encode())

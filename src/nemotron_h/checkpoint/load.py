@@ -10,13 +10,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from nemotron_h.checkpoint.save import CONFIG, INDEX, WEIGHTS, stored_dtype
+from nemotron_h.checkpoint.save import CONFIG, FLOAT_NAMES, FLOATS, HEAD, INDEX, WEIGHTS, stored_dtype
 from nemotron_h.config.published import read_config
 from nemotron_h.errors import CheckpointError
 from nemotron_h.model.hybrid import Hybrid
 
-HEAD, EMBEDDING = "lm_head.weight", "backbone.embeddings.weight"
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+EMBEDDING = "backbone.embeddings.weight"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -95,8 +94,7 @@ def check_tensor(name: str, tensor: Tensor, expected: Tensor, folder: Path) -> N
             f"{name}: must have shape {tuple(expected.shape)} by config.json; got {tuple(tensor.shape)} in {folder}"
         )
     if tensor.dtype not in FLOATS:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
-        raise CheckpointError(f"{name}: must be one of {allowed}; got {tensor.dtype} in {folder}")
+        raise CheckpointError(f"{name}: must be one of {FLOAT_NAMES}; got {tensor.dtype} in {folder}")
 
 
 def read_tensors(folder: Path, files: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:

@@ -23,7 +23,7 @@ from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.text.tokenizer import Tokenizer
 
 TENSORS, VALUES = "training.safetensors", "training.json"
-STEP_FOLDER = re.compile(r"step-(\d{8})")
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
 KEYS = ("step", "place", "settings")
 
 
@@ -57,7 +57,8 @@ def save_step(
 def steps(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
     found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path for path in found if STEP_FOLDER.fullmatch(path.name))
+    numbers = {path: int(match[1]) for path in found if (match := STEP_FOLDER.fullmatch(path.name))}
+    return sorted(numbers, key=numbers.__getitem__)
 
 
 def newest_step(folder: Path) -> Path | None:

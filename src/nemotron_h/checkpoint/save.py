@@ -10,10 +10,14 @@ from torch import Tensor
 
 from nemotron_h.checkpoint.files import new_folder
 from nemotron_h.config.published import write_config
+from nemotron_h.errors import CheckpointError
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.text.tokenizer import Tokenizer, check_fits
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+HEAD = "lm_head.weight"
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+FLOAT_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
 KEPT_FLOAT32 = ("A_log", "D", "dt_bias")
 SHARD_BYTES = 5 * 10**9
 
@@ -26,10 +30,10 @@ def save(
     dtype: torch.dtype = torch.bfloat16,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a new checkpoint folder, whole or not at all. dtype: of the weights; the Mamba layers' A_log, D and dt_bias
-    stay float32, as the model computes with them.
+    """Write a new checkpoint folder, whole or not at all. dtype: of the weights, one of FLOATS; the Mamba layers'
+    A_log, D and dt_bias stay float32, as the model computes with them.
 
-    Raises: CheckpointError where the folder exists, CapacityError where the disk is too small.
+    Raises: CheckpointError where the folder exists or dtype is another, CapacityError where the disk is too small.
     """
     with new_folder(Path(folder), need_bytes=size_bytes(model, dtype)) as partial:
         write_model(model, partial, tokenizer=tokenizer, dtype=dtype, shard_bytes=shard_bytes)
@@ -44,11 +48,14 @@ def write_model(
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """The same into a folder that is there: for those who add files of their own before it is renamed."""
+    parameters = published_parameters(model)
+    if model.config.tied_embeddings:
+        parameters[HEAD] = parameters[HEAD].clone()  # safetensors refuses memory with two names
+    shards = _shards(parameters, dtype, shard_bytes)
     write_config(model.config, folder / CONFIG, dtype=str(dtype).removeprefix("torch."))
     if tokenizer is not None:
         check_fits(tokenizer, model.config.vocab_size)
         tokenizer.save(folder)
-    shards = _shards(published_parameters(model), dtype, shard_bytes)
     if len(shards) == 1:
         _write(shards[0], folder / WEIGHTS, dtype)
         return
@@ -67,13 +74,18 @@ def size_bytes(model: Hybrid, dtype: torch.dtype) -> int:
 
 
 def published_parameters(model: Hybrid) -> dict[str, Tensor]:
-    """By published name. A tied head is written too: transformers does not tie it by itself."""
+    """By published name. A tied head is one of them: transformers does not tie it by itself."""
     parameters: dict[str, Tensor] = dict(model.named_parameters())
-    return parameters | {"lm_head.weight": model.head_weight.clone()} if model.config.tied_embeddings else parameters
+    return parameters | {HEAD: model.head_weight}
 
 
 def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """What a parameter of that name is stored in, when the checkpoint is in dtype."""
+    """What a parameter of that name is stored in, when the checkpoint is in dtype.
+
+    Raises: CheckpointError where dtype is none of FLOATS: others hold no weights, or not as the numbers they are.
+    """
+    if dtype not in FLOATS:
+        raise CheckpointError(f"dtype: must be one of {FLOAT_NAMES}; got {dtype}")
     return torch.float32 if name.rpartition(".")[2] in KEPT_FLOAT32 else dtype
 
 

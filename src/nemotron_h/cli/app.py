@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from io import TextIOWrapper
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -21,11 +21,11 @@ from nemotron_h.cli.train import train
 from nemotron_h.errors import NemotronError
 
 DEBUG = "--debug"
+UsageError: type[Any] = typer.BadParameter.__bases__[0]  # of any fault in a command line; typer exports some of them
 
 app = typer.Typer(
     name="nemotron-h",
     help="Nemotron-H hybrid Mamba-2/Transformer language models: train, look into, and write with them.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -61,18 +61,29 @@ def main() -> None:
         sys.stdout.reconfigure(errors="replace")  # a terminal without a letter of the text gets "?"
     try:
         try:
-            app(arguments, prog_name="nemotron-h")
+            code = app(arguments or ["--help"], prog_name="nemotron-h", standalone_mode=False)
         finally:
             sys.stdout.flush()
+        sys.exit(code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the last flush of Python complains
         sys.exit(1)
-    except NemotronError as error:
-        leave(str(error), 2, debug=debug)
-    except OSError as error:  # a full disk, a folder that may not be written
-        leave(f"{error.filename or 'output'}: {error.strerror or error}", 2, debug=debug)
-    except Exception as error:  # the outermost loop: ours, said in a line
-        leave(f"internal error: {type(error).__name__}: {error}; {DEBUG} shows where", 1, debug=debug)
+    except Exception as error:  # the outermost loop: whatever it is, said in a line
+        leave(*told(error), debug=debug)
+
+
+def told(error: Exception) -> tuple[str, int]:
+    """What to say of an error, and the exit code."""
+    if isinstance(error, NemotronError):
+        return str(error), 2
+    if isinstance(error, UsageError):
+        return f"{error.format_message().rstrip('.')}; --help shows the usage", 2
+    # Python's own, and torch's of a CPU and of a GPU, which have no class in common
+    if isinstance(error, MemoryError) or any(words in str(error) for words in ("allocate memory", "out of memory")):
+        return f"memory: ran out; ask for less, such as a smaller model or batch; {DEBUG} shows where", 2
+    if isinstance(error, OSError):  # a full disk, a folder that may not be written
+        return f"{error.filename or 'output'}: {error.strerror or error}", 2
+    return f"internal error: {type(error).__name__}: {error}; {DEBUG} shows where", 1
 
 
 def keep_freed_memory() -> None:

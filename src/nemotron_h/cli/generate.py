@@ -1,6 +1,7 @@
 """`nemotron-h generate`: text, or token ids, out of a checkpoint."""
 
 import json
+import sys
 from typing import Annotated
 
 import typer
@@ -24,15 +25,23 @@ def generate(
     """Go on from a prompt, streaming."""
     from nemotron_h.config.sampling import Sampling
     from nemotron_h.errors import RequestError
+    from nemotron_h.text.stream import StopStrings
 
-    if sum(given is not None for given in (prompt, ids, prompt_file)) != 1:
-        raise RequestError("prompt: must be given once, as PROMPT, --prompt-file or --ids; got none or several")
+    ways = {"PROMPT": prompt, "--prompt-file": prompt_file, "--ids": ids}
+    given = [way for way, value in ways.items() if value is not None]
+    if len(given) != 1:
+        raise RequestError(f"prompt: must be given once, as {', '.join(ways)}; got {' and '.join(given) or 'none'}")
+    if max_tokens < 1:
+        raise RequestError(f"max_tokens: must be 1 or above; got {max_tokens}")
+    StopStrings(stop or ())  # refuses an empty one
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     if ids is not None and stop:
         raise RequestError("stop: needs a text prompt; got --ids; cut the ids yourself")
     numbers = read_ids(ids) if ids is not None else []
     text = read_prompt(prompt_file) if prompt_file is not None else prompt or ""
-    from nemotron_h.inference.load import load  # after the checks: it imports torch
+    # after the checks: they import torch
+    from nemotron_h.cli.summary import printable
+    from nemotron_h.inference.load import load
 
     model = load(path, precision=precision)
     if ids is not None:
@@ -44,7 +53,7 @@ def generate(
         print(json.dumps({"text": "".join(pieces)}))
         return
     for piece in pieces:
-        print(piece, end="", flush=True)
+        print(printable(piece) if sys.stdout.isatty() else piece, end="", flush=True)
     print()
 
 

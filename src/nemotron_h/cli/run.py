@@ -1,14 +1,17 @@
 """`nemotron-h run`: a recipe's stages in order, each done once, resumed where it was left."""
 
 import json
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from nemotron_h.cli.watch import Watch
     from nemotron_h.config.recipe import Recipe
 
 
@@ -29,6 +32,7 @@ def run(
     from rich.console import Console
 
     from nemotron_h.checkpoint.files import claimed
+    from nemotron_h.cli.watch import Watch
     from nemotron_h.config.recipe import read_recipe
 
     # a JSON string is a TOML string
@@ -36,11 +40,18 @@ def run(
     stages = picked(chosen, only or [], until)
     console = Console()
     folder = run_folder(runs / chosen.name, fresh=fresh)
-    console.print(f"{'run':<10} {folder}", markup=False, highlight=False, soft_wrap=True)
+    again = f"--name {shlex.quote(folder.name)} instead of --fresh" if fresh else "the same command"
+    whole = Watch(console, "run")
+    whole.say(str(folder))
     with claimed(folder):
         remember(chosen, folder)
-        for stage in stages:
-            perform(stage, chosen, folder, console)
+        for place, stage in enumerate(stages, 1):
+            performed = perform(stage, chosen, folder, Watch(console, stage, again=again))
+            seconds = {stage: record["seconds"] for stage, record in read_records(chosen, folder).items()}
+            later = [stage for stage in stages[place:] if stage not in seconds]
+            left = seconds_left(chosen.limit_seconds, seconds, later)
+            if performed and left is not None and "train" not in seconds:  # training measures itself
+                whole.say(f"about {left:.0f} s to go at this machine's pace")
         summarise(chosen, folder, console)
 
 
@@ -65,8 +76,9 @@ def remember(recipe: "Recipe", folder: Path) -> None:
     if not path.exists():
         write_text(path, json.dumps(ours, indent=2) + "\n")
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    if changed := first_difference({**before, "name": ""}, {**ours, "name": ""}):
+    before = read_object(path)
+    free = {"name": "", "limit_seconds": {}}  # what steers no result
+    if changed := first_difference({**before, **free}, {**ours, **free}):
         key, old, new = changed
         raise ConfigError(
             f"{key}: must stay {old!r}, with which {folder} was begun; got {new!r}; "
@@ -90,23 +102,62 @@ def picked(recipe: "Recipe", only: list[str], until: str | None) -> list[str]:
     return [stage for stage in stages if not only or stage in only]
 
 
-def perform(stage: str, recipe: "Recipe", folder: Path, console: "Console") -> None:
-    """One stage, unless its record says it is done."""
+def perform(stage: str, recipe: "Recipe", folder: Path, watch: "Watch") -> bool:
+    """One stage, unless its record says it is done. Returns: whether it was performed now."""
     from nemotron_h.checkpoint.files import write_text
     from nemotron_h.cli.stages import STAGES
-    from nemotron_h.cli.watch import Watch
 
     record = folder / "stages" / f"{stage}.json"
-    with Watch(console, stage) as watch:
+    unfinished = record.with_suffix(".unfinished.json")  # the seconds of goes that were interrupted
+    with watch:
         if record.exists():
             watch.say("done before")
-            return
-        result = STAGES[stage](recipe, folder, watch)
-        seconds, limit = watch.seconds, recipe.limit_seconds.get(stage)
+            return False
+        before = read_object(unfinished, "seconds")["seconds"] if unfinished.exists() else 0.0
+        record.parent.mkdir(exist_ok=True)
+        try:
+            result = STAGES[stage](recipe, folder, watch)
+        finally:
+            seconds = before + watch.seconds
+            write_text(unfinished, json.dumps({"seconds": seconds}) + "\n")
+        limit = recipe.limit_seconds.get(stage)
         late = f", over its limit of {limit} s" if limit is not None and seconds > limit else ""
         watch.say(f"{seconds:.1f} s{late}")
-    record.parent.mkdir(exist_ok=True)
     write_text(record, json.dumps({"seconds": round(seconds, 2), **result}, indent=2, ensure_ascii=False) + "\n")
+    unfinished.unlink()
+    return True
+
+
+def seconds_left(limits: Mapping[str, int], seconds: Mapping[str, float], later: Sequence[str]) -> float | None:
+    """What later stages take, their limits being what is usual, at the pace of the finished ones.
+
+    seconds: of the finished stages. None: no stage is left, or one has no limit, or no finished one tells the pace.
+    """
+    usual = sum(limits.get(stage, 0) for stage in seconds)
+    if not usual or not later or not limits.keys() >= set(later):
+        return None
+    return sum(limits[stage] for stage in later) * sum(seconds[stage] for stage in seconds if stage in limits) / usual
+
+
+def read_records(recipe: "Recipe", folder: Path) -> dict[str, dict[str, Any]]:
+    """What each finished stage returned, and its seconds."""
+    paths = {stage: folder / "stages" / f"{stage}.json" for stage in recipe.stages}
+    return {stage: read_object(path, "seconds") for stage, path in paths.items() if path.exists()}
+
+
+def read_object(path: Path, *keys: str) -> dict[str, Any]:
+    """A JSON object of the run that holds those keys. Raises: CheckpointError."""
+    from nemotron_h.errors import CheckpointError
+
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        got = "another value"
+    except ValueError as error:  # no JSON, or no UTF-8
+        found, got = None, str(error)
+    if not isinstance(found, dict) or not found.keys() >= set(keys):
+        rule = " with ".join(["a JSON object", *keys])
+        raise CheckpointError(f"{path}: must be {rule}; got {got}; remove it to do again what wrote it")
+    return found
 
 
 def summarise(recipe: "Recipe", folder: Path, console: "Console") -> None:
@@ -114,11 +165,7 @@ def summarise(recipe: "Recipe", folder: Path, console: "Console") -> None:
     from nemotron_h.checkpoint.files import write_text
     from nemotron_h.cli.summary import show_summary
 
-    records = {
-        stage: json.loads(path.read_text(encoding="utf-8"))
-        for stage in recipe.stages
-        if (path := folder / "stages" / f"{stage}.json").exists()
-    }
+    records = read_records(recipe, folder)
     result = {
         "bits_per_byte": records.get("train", {}).get("bits_per_byte"),
         "baselines": records.get("baselines", {}).get("bits_per_byte"),

@@ -2,9 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from nemotron_h.config.model import ModelConfig
 
 CONTEXTS = (1024, 65_536, 131_072, 1_048_576)
 
@@ -32,7 +35,7 @@ def show(
     draw(model, config, counts, contexts)
 
 
-def model_config(model: str):  # type: ignore[no-untyped-def]
+def model_config(model: str) -> "ModelConfig":
     """A preset's config, or that of a checkpoint folder or config.json."""
     from nemotron_h.config.presets import PRESETS, preset
     from nemotron_h.config.published import read_config
@@ -43,7 +46,7 @@ def model_config(model: str):  # type: ignore[no-untyped-def]
     return preset(model)
 
 
-def draw(model, config, counts, contexts) -> None:  # type: ignore[no-untyped-def]
+def draw(model: str, config: "ModelConfig", counts: dict[str, int], contexts: dict[int, dict[str, int]]) -> None:
     """The same on the terminal."""
     from rich.console import Console
 

@@ -1,5 +1,8 @@
 """The end of a run on the terminal: the loss curve, the baselines, what the model wrote, and what to type next."""
 
+import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +28,19 @@ def show_summary(records: dict[str, Any], folder: Path, console: Console) -> Non
     if "train" in records:
         console.rule()
         checkpoint = records["train"]["checkpoint"]
-        for line in (
-            f"checkpoint: {checkpoint}",
-            f'next:       nemotron-h generate {checkpoint} "def " --temperature 0.7',
-        ):
+        # no space after "def": it would be a token of its own, after which no word of the training text follows
+        following = shlex.join([typed_command(), "generate", checkpoint, "def", "--temperature", "0.7"])
+        for line in (f"checkpoint: {checkpoint}", f"next:       {following}"):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def typed_command() -> str:
+    """What to type for this command: its name where the shell finds it, else its path, relative where it lies below."""
+    if shutil.which("nemotron-h") is not None:
+        return "nemotron-h"
+    path, here = Path(sys.argv[0]).absolute(), Path.cwd()
+    folder = path.parent.relative_to(here) if path.is_relative_to(here) else path.parent
+    return f"{folder}/{path.name}"  # ./nemotron-h where it lies right here
 
 
 def show_baselines(records: dict[str, Any], console: Console) -> None:

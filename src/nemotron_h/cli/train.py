@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from nemotron_h.cli.watch import Watch
     from nemotron_h.config.model import ModelConfig
     from nemotron_h.config.train import TrainConfig
+    from nemotron_h.data.batches import Batch
     from nemotron_h.training.loop import Trained
 
 SIGNALLED = 128  # plus the signal's number: the exit code of what a signal ended
@@ -59,7 +62,7 @@ def run_training(
     shard = Shard(data)
     held_out = Shard(validation) if validation is not None else None
     learned = Tokenizer.load(tokenizer) if tokenizer is not None else None
-    pace = Pace(config, count_windows(held_out, config.held_out_length) if held_out else 0)
+    pace = Pace(config, 0 if held_out is None else count_windows(held_out, config.held_out_length))
 
     def show(progress: Progress) -> None:
         rate = f"{progress.tokens_per_second:,.0f} tokens/s"
@@ -71,16 +74,21 @@ def run_training(
         if left is not None:
             watch.say(f"about {left:.0f} s to go")
 
+    def validation_batches(limit: int | None) -> "Iterable[Batch]":
+        if held_out is None:
+            return []
+        return windows(held_out, config.held_out_length, config.held_out_batch, limit=limit)
+
     trained = run(
         model,
         config,
         Batches(shard, config.sequence_length, config.batch_size, config.seed),
-        lambda limit: windows(held_out, config.held_out_length, config.held_out_batch, limit=limit) if held_out else [],
+        validation_batches,
         out,
         tokenizer=learned,
         watch=show,
     )
     if trained.stopped_by is not None:
-        watch.say(f"stopped at step {trained.step} of {config.steps}; saved; the same command goes on from there")
+        watch.say(f"stopped at step {trained.step} of {config.steps}; saved; {watch.again} goes on from there")
         raise typer.Exit(SIGNALLED + trained.stopped_by)
     return trained

@@ -9,10 +9,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 
 class Watch:
-    """One stage's bar and its lines."""
+    """One stage's bar and its lines. again: what to type to go on with a job that was stopped."""
 
-    def __init__(self, console: Console, name: str) -> None:
-        self.console, self.name = console, name
+    def __init__(self, console: Console, name: str, *, again: str = "the same command") -> None:
+        self.console, self.name, self.again = console, name, again
         self.began = time.perf_counter()
         self.bar = Progress(
             TextColumn("{task.description:<10}"),

@@ -62,19 +62,22 @@ class AttentionConfig:
                 f"attention.num_kv_heads: must divide num_heads; got {self.num_kv_heads} and {self.num_heads}"
             )
         if self.rope_base is None:
+            if self.rope_fraction != 1:
+                raise ConfigError(f"attention.rope_fraction: must be 1 without rope_base; got {self.rope_fraction}")
             return
         if not 1 < self.rope_base < math.inf:
             raise ConfigError(f"attention.rope_base: must be above 1; got {self.rope_base}")
-        if not 0 < self.rope_fraction <= 1 or self.rope_width < 2 or self.rope_width % 2:
+        exact = self.head_dim * self.rope_fraction
+        if not 0 < self.rope_fraction <= 1 or abs(exact - self.rope_width) > 1e-6 or self.rope_width % 2:
             raise ConfigError(
                 f"attention.rope_fraction: must rotate an even number of 1 to {self.head_dim} channels; "
-                f"got {self.rope_fraction}, which rotates {self.rope_width}"
+                f"got {self.rope_fraction}, which rotates {exact:g}"
             )
 
     @property
     def rope_width(self) -> int:
         """Channels of a head that RoPE rotates."""
-        return int(self.head_dim * self.rope_fraction)
+        return round(self.head_dim * self.rope_fraction)
 
 
 @settings
@@ -102,7 +105,7 @@ class ModelConfig:
     max_positions: int = 8192  # what it was trained on; nothing here stops at it
     bos_token_id: int = 1
     eos_token_ids: Annotated[tuple[int, ...], Lenient] = (2,)
-    pad_token_id: int = 0
+    pad_token_id: int | None = 0  # other programs pad with it
 
     def __post_init__(self) -> None:
         positive(self, "hidden_size", "vocab_size", "max_positions")
@@ -113,7 +116,7 @@ class ModelConfig:
         for name, ids in (
             ("bos_token_id", (self.bos_token_id,)),
             ("eos_token_ids", self.eos_token_ids),
-            ("pad_token_id", (self.pad_token_id,)),
+            ("pad_token_id", () if self.pad_token_id is None else (self.pad_token_id,)),
         ):
             for token in ids:
                 if not 0 <= token < self.vocab_size:

@@ -31,6 +31,7 @@ REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
     "use_conv_bias": (True,),
     "residual_in_fp32": (False,),
     "sliding_window": (None,),
+    "rope_scaling": (None,),
     "attention_dropout": (0, 0.0),
     "hidden_dropout": (0, 0.0),
     "num_nextn_predict_layers": (0,),
@@ -201,23 +202,26 @@ SIZES = {
 
 def pattern_of(keys: Keys) -> str:
     """Either dialect: a pattern string, or a list of kinds in the words of NVIDIA's or of transformers' configs."""
-    named = next((key for key in ("layers_block_type", "layer_types") if key in keys), None)
-    if named is None:
+    found: dict[str, str] = {}
+    for named in ("layers_block_type", "layer_types"):
+        if named not in keys:
+            continue
+        kinds = keys.any(named)
+        if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+            raise ConfigError(f"{named}: must be a list of strings; got {kinds!r}")
+        for index, kind in enumerate(kinds):
+            if kind not in KINDS:
+                raise ConfigError(f"{named}: must be made of {', '.join(KINDS)}; got {kind!r} at layer {index}")
+        found[named] = read_pattern("".join(KINDS[kind] for kind in kinds))
+    if "hybrid_override_pattern" in keys or not found:
         pattern = keys.any("hybrid_override_pattern")
         if not isinstance(pattern, str):
             raise ConfigError(f"hybrid_override_pattern: must be a string; got {pattern!r}")
-        return read_pattern(pattern)
-    kinds = keys.any(named)
-    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
-        raise ConfigError(f"{named}: must be a list of strings; got {kinds!r}")
-    for index, kind in enumerate(kinds):
-        if kind not in KINDS:
-            raise ConfigError(f"{named}: must be made of {', '.join(KINDS)}; got {kind!r} at layer {index}")
-    pattern = read_pattern("".join(KINDS[kind] for kind in kinds))
-    if "hybrid_override_pattern" in keys and keys.any("hybrid_override_pattern") != pattern:
-        raise ConfigError(
-            f"hybrid_override_pattern: must agree with {named}; got {keys.any('hybrid_override_pattern')!r}"
-        )
+        found = {"hybrid_override_pattern": read_pattern(pattern)} | found
+    (name, pattern), *others = found.items()
+    for other, same in others:
+        if same != pattern:
+            raise ConfigError(f"{name}: must agree with {other}, which says {same!r}; got {pattern!r}")
     return pattern
 
 
@@ -262,11 +266,14 @@ def epsilon_of(keys: Keys) -> float:
 
 
 def tokens_of(keys: Keys) -> dict[str, Any]:
+    for key in ("bos_token_id", "eos_token_id"):
+        if keys.values.get(key, 0) is None:
+            raise ConfigError(f"{key}: must be an integer; got null; give the id that the tokenizer has")
     ends = keys.any("eos_token_id", 2)
     return {
         "bos_token_id": keys.integer("bos_token_id", 1),
         "eos_token_ids": tuple(ends) if isinstance(ends, list) else (keys.integer("eos_token_id", 2),),
-        "pad_token_id": keys.integer("pad_token_id", 0),
+        "pad_token_id": None if keys.values.get("pad_token_id", 0) is None else keys.integer("pad_token_id", 0),
     }
 
 

@@ -23,7 +23,7 @@ STAGES = ("corpus", "tokenizer", "shards", "baselines", "train", "samples")
 class SamplesConfig:
     """What the trained model is asked to write."""
 
-    prompts: Annotated[tuple[str, ...], Lenient] = ("def ",)
+    prompts: Annotated[tuple[str, ...], Lenient] = ("def",)
     max_tokens: int = 120
     temperature: float = 0.7
     top_k: int = 0
@@ -55,7 +55,7 @@ class Recipe:
 
     name: str  # of its folder under runs/
     stages: Annotated[tuple[str, ...], Lenient] = STAGES
-    limit_seconds: dict[str, int] = field(default_factory=dict)  # of a stage; passing it is said, and stops nothing
+    limit_seconds: dict[str, int] = field(default_factory=dict)  # what a stage takes at most, as a rule; stops nothing
     corpus: CorpusConfig = CorpusConfig()
     tokenizer: TokenizerConfig
     model: ModelChoice
@@ -67,9 +67,12 @@ class Recipe:
             for stage in stages:
                 if stage not in STAGES:
                     raise ConfigError(f"{name}: must name known stages; got {stage!r}; {nearest(stage, list(STAGES))}")
+        for stage, limit in self.limit_seconds.items():
+            if limit < 0:
+                raise ConfigError(f"limit_seconds.{stage}: must be 0 or above; got {limit}")
         if not self.stages or list(self.stages) != [stage for stage in STAGES if stage in self.stages]:
             raise ConfigError(f"stages: must be some of {', '.join(STAGES)}, in that order; got {list(self.stages)}")
-        if not self.name or "/" in self.name or self.name.startswith("."):
+        if not self.name or self.name.startswith(".") or set(self.name) & set("/\\"):
             raise ConfigError(f"name: must be the name of a folder under runs/; got {self.name!r}")
         vocab = self.model_config.vocab_size
         if self.tokenizer.vocab_size > vocab:
@@ -126,7 +129,9 @@ def overridden(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str,
 
 
 def toml_value(text: str) -> Any:
+    """The value that text writes in TOML; text itself where it writes none, or more than one value."""
     try:
+        tomllib.loads(f"value = [{text.strip()}]")  # refuses a second setting; a comment swallows the bracket
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text

@@ -43,7 +43,7 @@ class TrainConfig:
     decay_fraction: float | None = None  # of the steps: the falling end of STABLE, which needs it
     optimizer: Annotated[Optimizer, Lenient] = Optimizer.ADAMW
     matrix_learning_rate: float | None = None  # peak for what MUON moves, which needs it
-    newton_schulz_steps: int = 5  # of MUON, towards an orthogonal step
+    newton_schulz_steps: int | None = None  # of MUON, towards an orthogonal step; None: 5
     zero_outputs: bool = False  # every layer begins as the identity: its output projection is zero
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -66,14 +66,14 @@ class TrainConfig:
             "accumulation",
             "newton_schulz_steps",
             "validate_every_steps",
+            "validation_length",
             "validation_windows",
             "checkpoint_every_steps",
             "keep_checkpoints",
         ]:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: must be 1 or above; got {getattr(self, name)}")
-        if self.validation_length is not None and self.validation_length < 1:
-            raise ConfigError(f"validation_length: must be 1 or above; got {self.validation_length}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}: must be 1 or above; got {value}")
         for name in ("learning_rate", "embedding_learning_rate", "matrix_learning_rate", "epsilon", "clip_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -90,15 +90,23 @@ class TrainConfig:
                 f"decay_fraction: must leave room for warmup_fraction; got {self.decay_fraction} and "
                 f"{self.warmup_fraction}"
             )
+        if self.decay_fraction and not self.decay_steps:
+            raise ConfigError(f"decay_fraction: must be a step or more of {self.steps}; got {self.decay_fraction}")
+        self._check_companions()
 
-        for name, chosen, needs in (
-            ("decay_fraction", self.decay, Decay.STABLE),
-            ("matrix_learning_rate", self.optimizer, Optimizer.MUON),
+    def _check_companions(self) -> None:
+        """Settings that steer one choice are given with that choice only."""
+        for name, chosen, choice, needed in (
+            ("decay_fraction", self.decay, Decay.STABLE, True),
+            ("matrix_learning_rate", self.optimizer, Optimizer.MUON, True),
+            ("newton_schulz_steps", self.optimizer, Optimizer.MUON, False),
         ):
             value = getattr(self, name)
-            if (value is not None) != (chosen == needs):
-                rule = f"must be given with {needs.value!r}, and only with it"
-                raise ConfigError(f"{name}: {rule}; got {value} with {chosen.value!r}")
+            if (value is not None and chosen != choice) or (value is None and needed and chosen == choice):
+                rule = (
+                    f"given with {choice.value!r}, and only with it" if needed else f"given only with {choice.value!r}"
+                )
+                raise ConfigError(f"{name}: must be {rule}; got {value} with {chosen.value!r}")
 
     @property
     def warmup_steps(self) -> int:

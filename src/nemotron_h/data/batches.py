@@ -6,8 +6,10 @@ first is a target once. The last window is padded where the row ends before it d
 Where a document begins, the token before it, of another document, has an ignored target too.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +18,7 @@ from nemotron_h.data.permutation import permute
 from nemotron_h.data.shards import Shard
 from nemotron_h.errors import DataError
 
+DIGESTED, STRETCH = 256, 4096  # stretches of a shard that tell it from others, and tokens of each
 IGNORED = -100  # a target that counts for nothing, as in the loss
 Integers = NDArray[np.int64]
 
@@ -40,6 +43,11 @@ class Batches:
         if batch_size < 1:
             raise DataError(f"batch_size: must be positive; got {batch_size}")
         self._shard, self._length, self._size, self._seed = shard, sequence_length, batch_size, seed
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides which tokens a place has: a run goes on only with the same."""
+        return {"windows_per_epoch": self.windows_per_epoch, "order_seed": self._seed, "shard": _digest(self._shard)}
 
     def at(self, place: int) -> Batch:
         """The batch after `place` windows, which may lie across two epochs; the next one is at place + batch_size."""
@@ -76,6 +84,15 @@ def count_windows(shard: Shard, sequence_length: int) -> int:
     if len(shard.tokens) < 2:
         raise DataError(f"{shard.name}: must hold two tokens or more; got {len(shard.tokens)}; add documents")
     return -(-(len(shard.tokens) - 1) // sequence_length)
+
+
+def _digest(shard: Shard) -> str:
+    """Of the document borders and of up to DIGESTED stretches of tokens, evenly spread: seconds at any size."""
+    digest = hashlib.sha256(np.ascontiguousarray(shard.document_starts, dtype=np.int64).tobytes())
+    count = len(shard.tokens)
+    for begin in np.unique(np.linspace(0, max(0, count - STRETCH), DIGESTED, dtype=np.int64)):
+        digest.update(shard.tokens[begin : begin + STRETCH].astype(np.int64).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _cut(shard: Shard, length: int, chosen: Integers) -> Batch:

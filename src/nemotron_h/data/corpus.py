@@ -8,15 +8,18 @@ Everything follows from the files' paths and contents: the same folder gives the
 import hashlib
 import json
 import os
+import stat
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from nemotron_h.config.data import CorpusConfig
 from nemotron_h.data.shingles import NearCopy, near_copies
 from nemotron_h.errors import DataError
+from nemotron_h.files import replacing
 
 TRAIN, VALIDATION, REPORT = "train.jsonl", "validation.jsonl", "corpus.json"
 
@@ -54,13 +57,14 @@ def collect(
 
     Validation documents are those with the smallest content hashes, up to the fraction of bytes that config names; each
     side has one at least, and a text is never on both. Near copies stay in validation: the report names them.
-    progress: called with the fraction done. Raises: DataError where source holds fewer than two documents.
+    progress: called with the fraction done. Raises: DataError where source holds fewer than two documents, or a folder
+    that cannot be listed; OSError naming the file that the disk does not take.
     """
     paths = list(_paths(config, source))
     contents: dict[bytes, tuple[str, bytes]] = {}  # by hash: of equal contents the first path stays
     left_out: Counter[str] = Counter()
     for index, path in enumerate(paths):
-        content, reason = _read(source / path, config.max_document_bytes)
+        content, reason = _read(source, path, config.max_document_bytes)
         key = hashlib.sha256(content).digest()
         if not reason and key in contents:
             reason = "duplicate"
@@ -95,27 +99,43 @@ def _paths(config: CorpusConfig, source: Path) -> Sequence[str]:
     if not source.is_dir():
         raise DataError(f"{source}: must be a folder of documents; got no such folder")
     found = []
-    for name, folders, files in os.walk(source):
+    for name, folders, files in os.walk(source, onerror=_refuse):
         folders[:] = [folder for folder in folders if folder not in config.excluded_folders]
         inside = Path(name).relative_to(source)
         found += [(inside / file).as_posix() for file in files if Path(file).suffix in config.suffixes]
     return sorted(found)
 
 
-def _read(path: Path, max_bytes: int) -> tuple[bytes, str]:
+def _refuse(error: OSError) -> NoReturn:
+    rule = "must be a folder that can be listed"
+    raise DataError(f"{error.filename}: {rule}; got {error.strerror}; name it in excluded_folders to leave it out")
+
+
+def _read(source: Path, path: str, max_bytes: int) -> tuple[bytes, str]:
     """The content, and the reason to leave the file out, empty where there is none."""
-    if path.is_symlink():
-        return b"", "link"
     try:
-        content = path.read_bytes()
+        path.encode("utf-8")
+        reason = _unfit((source / path).lstat(), max_bytes)
+        content = b"" if reason else (source / path).read_bytes()
         content.decode("utf-8")
     except OSError:
         return b"", "unreadable"
+    except UnicodeEncodeError:
+        return b"", "name_not_utf8"
     except UnicodeDecodeError:
         return b"", "not_utf8"
-    if len(content) > max_bytes:
-        return b"", "too_long"
-    return content, "" if content else "empty"
+    return content, reason
+
+
+def _unfit(file: os.stat_result, max_bytes: int) -> str:
+    """The reason not to open a file, empty where there is none."""
+    if stat.S_ISLNK(file.st_mode):
+        return "link"
+    if not stat.S_ISREG(file.st_mode):
+        return "special_file"
+    if not file.st_size:
+        return "empty"
+    return "too_long" if file.st_size > max_bytes else ""
 
 
 Texts = list[tuple[str, bytes]]  # path and content
@@ -147,12 +167,9 @@ def _line(document: tuple[str, bytes]) -> str:
     return json.dumps({"path": path, "text": content.decode("utf-8")}, ensure_ascii=False) + "\n"
 
 
-def _write(path: Path, lines: Iterator[str] | Sequence[str]) -> None:
-    """All of it or none: a killed run leaves the old file."""
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(lines)
-    unfinished.replace(path)
+def _write(path: Path, lines: Iterable[str]) -> None:
+    with replacing(path) as file:
+        file.writelines(line.encode("utf-8") for line in lines)
 
 
 def documents(path: Path) -> Iterator[Document]:

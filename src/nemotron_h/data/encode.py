@@ -15,18 +15,21 @@ TOGETHER = 256  # documents encoded on all cores at a time
 def encode_documents(
     source: Path, tokenizer: Tokenizer, name: Path, *, progress: Callable[[float], None] = lambda fraction: None
 ) -> int:
-    """Write NAME.bin and NAME.idx from a file of JSON lines. Returns how many tokens. progress: the fraction done."""
+    """Write NAME.bin and NAME.idx from a file of JSON lines. Returns how many tokens.
+
+    progress: called with the fraction of documents done.
+    """
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
     if bos is None or eos is None:
         raise DataError("tokenizer: must have <s> and </s> to mark a document's ends; got a tokenizer without")
-    size, read, tokens = source.stat().st_size, 0, 0
+    total, done, tokens = sum(1 for _ in documents(source)), 0, 0
     with ShardWriter(name, vocab_size=tokenizer.vocab_size) as writer:
         for texts in _batches(source):
             for ids in tokenizer.encode_batch(texts):
                 writer.add_document([bos, *ids, eos])
                 tokens += len(ids) + 2
-            read += sum(len(text) for text in texts)
-            progress(min(1.0, read / size))
+            done += len(texts)
+            progress(done / total)
     return tokens
 
 

@@ -9,15 +9,17 @@ Source: Megatron-LM, megatron/core/datasets/indexed_dataset.py.
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nemotron_h.errors import DataError, UnsupportedError
+from nemotron_h.files import flush, replacing
 
 MAGIC, VERSION = b"MMIDIDX\0\0", 1
 HEADER = struct.Struct("<9sQBQQ")
@@ -38,6 +40,7 @@ class ShardWriter:
             writer.add_document(ids)
 
     The files take their names when the block ends well; until then, and after an error, an older shard stays.
+    Raises: OSError naming the file that the disk does not take.
     """
 
     def __init__(self, name: Path, *, vocab_size: int) -> None:
@@ -47,9 +50,7 @@ class ShardWriter:
         self._vocab_size = vocab_size
         self._code = 8 if vocab_size < SMALL_VOCABULARY else 4
         self._lengths: list[int] = []
-        name.parent.mkdir(parents=True, exist_ok=True)
-        self._unfinished = self._bin.with_name(self._bin.name + ".tmp")
-        self._file = self._unfinished.open("wb")
+        self._pair = self._written()
 
     def add_document(self, tokens: Sequence[int] | NDArray[Any]) -> None:
         """Append one document. Raises: DataError where it is empty or a token is no id of the vocabulary."""
@@ -63,27 +64,31 @@ class ShardWriter:
         if low < 0 or high >= self._vocab_size:
             rule = f"tokens must lie in 0..{self._vocab_size - 1}"
             raise DataError(f"document {number}: {rule}; got {low if low < 0 else high}")
-        self._file.write(ids.astype(DTYPES[self._code]).tobytes())
+        self._tokens.write(ids.astype(DTYPES[self._code]).tobytes())
         self._lengths.append(len(ids))
 
     def __enter__(self) -> Self:
+        self._tokens = self._pair.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        if kind is not None:
-            self._unfinished.unlink()
-            return
-        if not self._lengths:
-            self._unfinished.unlink()
-            raise DataError(f"{self._bin}: must hold a document; got none")
-        index = self._idx.with_name(self._idx.name + ".tmp")
-        index.write_bytes(_index(self._lengths, self._code))
-        self._idx.unlink(missing_ok=True)  # so that an old index never stands beside new tokens
-        self._unfinished.replace(self._bin)
-        index.replace(self._idx)
+        self._pair.__exit__(kind, error, trace)
+
+    @contextmanager
+    def _written(self) -> Iterator[BinaryIO]:
+        """The file to write tokens to, and after them the index."""
+        self._bin.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self._bin) as tokens:
+            yield tokens
+            if not self._lengths:
+                raise DataError(f"{self._bin}: must hold a document; got none")
+            with replacing(self._idx) as index:
+                index.write(_index(self._lengths, self._code))
+                for file in (tokens, index):  # the disk has taken both before the older shard goes
+                    flush(file)
+                self._bin.unlink(missing_ok=True)  # so that old tokens never stand beside a new index
 
 
 def _index(lengths: list[int], code: int) -> bytes:

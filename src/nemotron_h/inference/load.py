@@ -20,10 +20,17 @@ PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A model and its tokenizer; tokenizer None: ids in, ids out."""
+    """A model and its tokenizer; tokenizer None: ids in, ids out.
+
+    Raises: CheckpointError where the tokenizer has ids that the model has not.
+    """
 
     model: Hybrid
     tokenizer: Tokenizer | None
+
+    def __post_init__(self) -> None:
+        if self.tokenizer is not None:
+            check_fits(self.tokenizer, self.model.config.vocab_size)
 
     def generate(
         self,
@@ -52,7 +59,8 @@ class LanguageModel:
     ) -> Iterator[str]:
         """The same text as it comes, in whole characters. ignore_end: go on after an end token.
 
-        A vocabulary may be padded beyond the tokenizer's: ids that stand for no text are never drawn.
+        A vocabulary may be padded beyond the tokenizer's, and that may have holes: ids that stand for no text are never
+        drawn.
         """
         tokenizer = self._tokenizer()
         stops, text = StopStrings([stop] if isinstance(stop, str) else stop), TextStream(tokenizer)
@@ -62,7 +70,7 @@ class LanguageModel:
             max_tokens=max_tokens,
             sampling=sampling,
             ends=self._ends(ignore_end),
-            drawn_below=tokenizer.vocab_size,
+            drawn_from=tokenizer.known_ids,
         )
         return _pieces(new, text, stops)
 
@@ -103,8 +111,4 @@ def load(path: str | Path, *, precision: str = "bfloat16") -> LanguageModel:
         raise RequestError(f"precision: must be one of {', '.join(PRECISIONS)}; got {precision!r}")
     folder = Path(path)
     model = load_model(folder, dtype=PRECISIONS[precision])
-    tokenizer = None
-    if (folder / TOKENIZER_FILE).exists():
-        tokenizer = Tokenizer.load(folder)
-        check_fits(tokenizer, model.config.vocab_size)
-    return LanguageModel(model, tokenizer)
+    return LanguageModel(model, Tokenizer.load(folder) if (folder / TOKENIZER_FILE).exists() else None)

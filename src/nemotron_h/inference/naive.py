@@ -4,8 +4,9 @@
 the bit, at any size of the prompt's portions.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from numbers import Integral
+from typing import TypeGuard
 
 import torch
 
@@ -26,23 +27,23 @@ def tokens(
     max_tokens: int,
     sampling: Sampling,
     ends: Iterable[int] = (),
-    drawn_below: int | None = None,
+    drawn_from: Collection[int] | None = None,
 ) -> Iterator[int]:
     """New tokens one by one, at most max_tokens, up to and without one of `ends`. Checks before the first.
 
-    drawn_below: only ids under it are drawn; None: all.
+    drawn_from: only these ids are drawn; None: all.
     """
-    check(model, prompt, max_tokens)
-    return _tokens(model, prompt, max_tokens, Sampler(sampling), frozenset(ends), drawn_below)
+    check(model, prompt, max_tokens, drawn_from)
+    return _tokens(model, prompt, max_tokens, Sampler(sampling, drawn_from), frozenset(ends))
 
 
 def _tokens(
-    model: Hybrid, prompt: Sequence[int], max_tokens: int, sampler: Sampler, ends: frozenset[int], limit: int | None
+    model: Hybrid, prompt: Sequence[int], max_tokens: int, sampler: Sampler, ends: frozenset[int]
 ) -> Iterator[int]:
     state = model.empty_state(1)
     unread = list(prompt)
     for _ in range(max_tokens):
-        token = sampler.draw(next_logits(model, unread, state)[:limit])
+        token = sampler.draw(next_logits(model, unread, state))
         if token in ends:
             return
         yield token
@@ -63,23 +64,42 @@ def next_logits(model: Hybrid, unread: Sequence[int], state: State) -> torch.Ten
 
 
 @torch.no_grad()
-def recomputed(model: Hybrid, prompt: Sequence[int], *, max_tokens: int, sampling: Sampling) -> list[int]:
+def recomputed(
+    model: Hybrid,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int,
+    sampling: Sampling,
+    ends: Iterable[int] = (),
+    drawn_from: Collection[int] | None = None,
+) -> list[int]:
     """The same tokens from the whole sequence, read anew for each: what every faster way must equal."""
-    check(model, prompt, max_tokens)
-    sampler, ids = Sampler(sampling), list(prompt)
+    check(model, prompt, max_tokens, drawn_from)
+    sampler, ids, ends = Sampler(sampling, drawn_from), list(prompt), frozenset(ends)
     device = model.head_weight.device
     for _ in range(max_tokens):
-        ids.append(sampler.draw(model(torch.tensor([ids], device=device))[0, -1]))
+        token = sampler.draw(model(torch.tensor([ids], device=device))[0, -1])
+        if token in ends:
+            break
+        ids.append(token)
     return ids[len(prompt) :]
 
 
-def check(model: Hybrid, prompt: Sequence[int], max_tokens: int) -> None:
+def check(model: Hybrid, prompt: Sequence[int], max_tokens: int, drawn_from: Collection[int] | None) -> None:
     """Refuse what cannot be generated from, by name."""
     if not len(prompt):
         raise RequestError("prompt: must hold at least one token; got none")
     vocab = model.config.vocab_size
     for place, token in enumerate(prompt):
-        if not isinstance(token, Integral) or not 0 <= token < vocab:
+        if not _is_whole(token) or not 0 <= token < vocab:
             raise RequestError(f"ids: must be integers in 0..{vocab - 1}; got {token!r} at place {place}")
+    if not _is_whole(max_tokens):
+        raise RequestError(f"max_tokens: must be a whole number; got {max_tokens!r}")
     if max_tokens < 1:
         raise RequestError(f"max_tokens: must be 1 or above; got {max_tokens}")
+    if drawn_from is not None and not 0 <= min(drawn_from, default=-1) <= max(drawn_from, default=vocab) < vocab:
+        raise RequestError(f"drawn_from: must be one id or more of 0..{vocab - 1}; got others, or none")
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, Integral) and not isinstance(value, bool)

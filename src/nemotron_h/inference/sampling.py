@@ -1,5 +1,7 @@
 """Which token comes next, from its logits: greedy, or drawn after temperature, top-k and top-p, in that order."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -10,12 +12,20 @@ from nemotron_h.errors import RequestError
 class Sampler:
     """The draws of one request: a stream of numbers of its own, independent of its neighbours."""
 
-    def __init__(self, sampling: Sampling) -> None:
+    def __init__(self, sampling: Sampling, drawn_from: Iterable[int] | None = None) -> None:
+        """drawn_from: only these ids are drawn; None: all."""
         self.sampling = sampling
+        self.allowed = None if drawn_from is None else torch.tensor(sorted(drawn_from))
         self.generator = torch.Generator().manual_seed(sampling.seed)
 
     def draw(self, logits: Tensor) -> int:
         """The next token of logits (vocab,) float32. Raises: RequestError where they are not finite numbers."""
+        if self.allowed is None:
+            return self._place(logits)
+        return int(self.allowed[self._place(logits[self.allowed])])
+
+    def _place(self, logits: Tensor) -> int:
+        """Which of these logits is drawn."""
         if not torch.isfinite(logits).all():
             raise RequestError("logits: must be finite; the model gave NaN or infinity; is the checkpoint damaged?")
         if self.sampling.temperature == 0:

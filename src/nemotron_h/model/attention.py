@@ -9,6 +9,7 @@ from nemotron_h.model.linear import Linear
 from nemotron_h.model.state import AttentionState
 from nemotron_h.ops.attention import attention_blocks, attention_whole, rotate
 from nemotron_h.ops.segments import Segments
+from nemotron_h.ops.shapes import wants_gradient
 
 
 class Attention(nn.Module):
@@ -33,7 +34,7 @@ class Attention(nn.Module):
         if config.rope_base is not None:
             positions = segments.positions(u.device)
             q, k = (rotate(t, positions, config.rope_base, config.rope_width) for t in (q, k))
-        if q.requires_grad:
+        if wants_gradient(q, k, v):
             mixed = attention_whole(q, k, v, segments)
         else:
             if state is None or tables is None:  # nothing to remember: pages for this call alone

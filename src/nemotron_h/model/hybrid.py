@@ -19,6 +19,7 @@ from nemotron_h.model.mlp import Mlp
 from nemotron_h.model.state import AttentionState, MambaState, State
 from nemotron_h.ops.norm import rms_norm
 from nemotron_h.ops.segments import Segments
+from nemotron_h.ops.shapes import wants_gradient
 
 
 class Hybrid(nn.Module):
@@ -73,8 +74,12 @@ class Hybrid(nn.Module):
         """What the head reads, (rows, hidden): tokens (segments.tokens,) int64. The state moves on."""
         x = F.embedding(F.pad(tokens, (0, segments.rows - segments.tokens)), self.backbone.embeddings.weight)
         x = x.to(self.compute_dtype)
-        if state is not None and x.requires_grad:
-            raise ShapeError("state: must be None where gradients are wanted; got a state; use torch.no_grad()")
+        if state is None and any(segments.starts):
+            raise ShapeError(f"state: must hold what lies before the tokens, which begin at {max(segments.starts)}")
+        if state is not None:
+            if wants_gradient(*self.parameters()):
+                raise ShapeError("state: must be None where gradients are wanted; got a state; use torch.no_grad()")
+            state.enter()
         for index, layer in enumerate(self.backbone.layers):
             x = layer(x, segments, state.layers[index] if state is not None else None, state and state.tables)
         if state is not None:

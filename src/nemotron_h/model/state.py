@@ -119,6 +119,8 @@ class State:
     positions: list[int]
     tables: list[list[int]]  # of each sequence: the pages of its blocks, in order, the same in every attention layer
     layers: list[MambaState | AttentionState | None]
+    own_pages: bool = False  # else somebody hands them out, through the tables
+    moving: bool = False  # a call is writing to it, or was interrupted while it did
 
     @classmethod
     def zeros(cls, config: ModelConfig, batch: int, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Self:
@@ -133,7 +135,7 @@ class State:
                     layers.append(AttentionState.zeros(layer, 0, dtype, device))
                 case _:
                     layers.append(None)
-        return cls([0] * batch, [[] for _ in range(batch)], layers)
+        return cls([0] * batch, [[] for _ in range(batch)], layers, own_pages=True)
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -153,14 +155,23 @@ class State:
         pools = [layer for layer in self.layers if isinstance(layer, AttentionState)]
         if count < 1 or not pools:
             return [0] * max(count, 0)
+        if not self.own_pages:
+            raise ShapeError(f"tables: must have pages for the new tokens; {count} are missing; hand them out first")
         used = sum(len(table) for table in self.tables)
         if used + count > len(pools[0].keys):
             for pool in pools:
                 pool.grow(max(used + count - len(pool.keys), len(pool.keys) // 4))
         return list(range(used, used + count))
 
+    def enter(self) -> None:
+        """A call begins to write. Raises: ShapeError where an earlier one was interrupted while it did."""
+        if self.moving:
+            raise ShapeError("state: was left half-written by a call that was interrupted; go on from a copy or anew")
+        self.moving = True
+
     def advance(self, segments: Segments) -> None:
         """The call is done: its tokens are part of the past."""
+        self.moving = False
         self.positions = [start + length for start, length in zip(segments.starts, segments.lengths, strict=True)]
 
     def select(self, indices: Sequence[int]) -> "State":
@@ -172,7 +183,8 @@ class State:
             tables.append(list(range(first, first + len(self.tables[index]))))
             first += len(self.tables[index])
         layers = [_picked(layer, rows, torch.tensor(used, dtype=torch.int64)) for layer in self.layers]
-        return State([self.positions[index] for index in indices], tables, layers)
+        positions = [self.positions[index] for index in indices]
+        return State(positions, tables, layers, own_pages=True, moving=self.moving)
 
     def copy(self) -> "State":
         return self.select(range(len(self)))

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemotron_h.ops.shapes import first_order
+
 
 def silu(x: Tensor) -> Tensor:
     """x / (1 + exp(-x)), computed and returned in float32. Any shape, any float dtype."""
@@ -34,6 +36,7 @@ class _Silu(torch.autograd.Function):
         return x / x.neg().exp_().add_(1)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         wide = x.float()
@@ -51,6 +54,7 @@ class _Softplus(torch.autograd.Function):
         return x.clamp(min=0) + x.abs().neg_().exp_().log1p_()
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         gate: Tensor = x.float().neg().exp_().add_(1).reciprocal_()

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemotron_h.errors import ShapeError
 from nemotron_h.grid import BLOCK, ROWS, round_up
 from nemotron_h.ops.segments import Segments
-from nemotron_h.ops.shapes import expect
+from nemotron_h.ops.shapes import expect, wants_gradient
 
 Blocks = Sequence[tuple[Tensor, Tensor]]  # of one sequence: keys (k, BLOCK, d) and values (k, BLOCK, d), in order
 
@@ -62,6 +63,8 @@ def attention_blocks(q: Tensor, segments: Segments, blocks: Sequence[Blocks]) ->
 
     Returns (rows, f, d) in q's dtype, zeros for padding. No gradient.
     """
+    if wants_gradient(q):
+        raise ShapeError("q: must not want a gradient, which blocks do not have; use attention_whole")
     out = torch.zeros_like(q)
     for start, begin, length, own in zip(segments.starts, segments.begins, segments.lengths, blocks, strict=True):
         done = 0

@@ -13,9 +13,9 @@ from torch import Tensor
 from nemotron_h.errors import ShapeError
 from nemotron_h.ops.activation import silu
 from nemotron_h.ops.jit import conv as jit
-from nemotron_h.ops.jit.scalars import array, runs
+from nemotron_h.ops.jit.scalars import STRIDE, array, runs
 from nemotron_h.ops.segments import Segments
-from nemotron_h.ops.shapes import expect
+from nemotron_h.ops.shapes import expect, first_order, wants_gradient
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, segments: Segments, carried: Tensor | None) -> Tensor:
@@ -31,7 +31,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, segments: Segments, car
     expect(bias, "bias", (channels,))
     if carried is not None:
         expect(carried, "carried", (len(segments), kernel - 1, channels), x.dtype)
-        if x.requires_grad:
+        if wants_gradient(x, weight, bias, carried):
             raise ShapeError("carried: must be None where gradients are wanted; training passes no state")
     if runs(x):
         return _CausalConv.apply(x, weight, bias, segments, carried)  # type: ignore[no-any-return,no-untyped-call]
@@ -74,11 +74,12 @@ class _CausalConv(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x, weight, bias = ctx.saved_tensors
         taps, gain = weight[:, 0].T.float().contiguous(), bias.float().contiguous()
         grad_x = torch.empty_like(x)
-        partial = torch.zeros(-(-len(x) // jit.STRIDE), len(taps) + 1, x.shape[1])
+        partial = torch.zeros(-(-len(x) // STRIDE), len(taps) + 1, x.shape[1])
         place = ctx.segments.offsets.numpy()
         jit.backward(
             len(partial), array(x), place, array(taps), array(gain), array(grad.contiguous()), array(grad_x),

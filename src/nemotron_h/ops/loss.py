@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemotron_h.errors import ShapeError
 from nemotron_h.ops.jit import loss as jit
 from nemotron_h.ops.jit.scalars import array, runs
-from nemotron_h.ops.shapes import expect
+from nemotron_h.ops.shapes import expect, first_order
 
 PIECE_BYTES = 192 * 2**20  # of logits at a time, were they float32
 PIECE_ROWS = 1024  # at most: with a small vocabulary, a piece's logits stay in cache
@@ -33,6 +34,9 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     rows, width = hidden.shape
     expect(targets, "targets", (rows,), torch.int64)
     expect(weight, "weight", (weight.shape[0], width))
+    outside = targets[(targets != IGNORED) & ((targets < 0) | (targets >= weight.shape[0]))]
+    if len(outside):
+        raise ShapeError(f"targets: must lie in 0..{weight.shape[0] - 1}, or be {IGNORED}; got {outside[0]}")
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _CrossEntropy.apply(hidden, weight, targets, wanted)  # type: ignore[no-any-return,no-untyped-call]
 
@@ -65,6 +69,7 @@ class _CrossEntropy(torch.autograd.Function):
         return losses.sum().float()
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad != 1:  # the gradients were made for a loss that counts once; a float32 factor keeps their dtype
@@ -78,16 +83,18 @@ def softmax_loss(logits: Tensor, targets: Tensor, losses: Tensor, *, wanted: boo
     if runs(logits):
         jit.softmax_loss(len(logits), array(logits), targets.numpy(), losses.numpy(), wanted)
         return logits
-    return softmax_loss_torch(logits, targets, losses)
+    return softmax_loss_torch(logits, targets, losses, wanted=wanted)
 
 
-def softmax_loss_torch(logits: Tensor, targets: Tensor, losses: Tensor) -> Tensor:
+def softmax_loss_torch(logits: Tensor, targets: Tensor, losses: Tensor, *, wanted: bool) -> Tensor:
     """The same in torch: where there is no kernel, and beside the kernel in tests."""
     wide = logits.float()
     totals = wide.logsumexp(1)
     counted = targets != IGNORED
     column = targets.where(counted, 0)[:, None]
     losses.copy_((totals - wide.gather(1, column)[:, 0]) * counted)
+    if not wanted:
+        return logits
     slope = (wide - totals[:, None]).exp()
     slope.scatter_add_(1, column, -torch.ones_like(column, dtype=torch.float32))
     return (slope * counted[:, None]).to(logits.dtype)

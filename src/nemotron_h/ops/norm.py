@@ -13,15 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemotron_h.errors import ShapeError
 from nemotron_h.ops.activation import silu
 from nemotron_h.ops.jit import norm as jit
-from nemotron_h.ops.jit.scalars import array, f, runs
-from nemotron_h.ops.shapes import expect
+from nemotron_h.ops.jit.scalars import STRIDE, array, f, runs
+from nemotron_h.ops.shapes import expect, first_order
 
 
 def rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
     """x (rows, d) any float, gain (d). Returns x's dtype; computed in float32."""
     expect(gain, "gain", tuple(x.shape[-1:]))
+    expect(x, "x", (len(x), len(gain)))
     if runs(x):
         return _RmsNorm.apply(x, gain, epsilon)  # type: ignore[no-any-return,no-untyped-call]
     return rms_norm_torch(x, gain, epsilon)
@@ -36,6 +38,9 @@ def gated_rms_norm(y: Tensor, z: Tensor, gain: Tensor, num_groups: int, epsilon:
     """y (rows, d) float32, z (rows, d) any float, gain (d). Returns z's dtype; computed in float32."""
     expect(y, "y", tuple(z.shape), torch.float32)
     expect(gain, "gain", tuple(z.shape[-1:]))
+    expect(z, "z", (len(z), len(gain)))
+    if num_groups < 1 or gain.shape[0] % num_groups:
+        raise ShapeError(f"num_groups: must divide the {gain.shape[0]} channels; got {num_groups}")
     if runs(y, z):
         return _GatedRmsNorm.apply(y, z, gain, num_groups, epsilon)  # type: ignore[no-any-return,no-untyped-call]
     return gated_rms_norm_torch(y, z, gain, num_groups, epsilon)
@@ -59,6 +64,7 @@ class _RmsNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, gain = ctx.saved_tensors
         grad_x, partial = torch.empty_like(x), _parts(x)
@@ -79,6 +85,7 @@ class _GatedRmsNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         y, z, gain = ctx.saved_tensors
         num_groups, epsilon = ctx.settings
@@ -92,4 +99,4 @@ class _GatedRmsNorm(torch.autograd.Function):
 
 def _parts(x: Tensor) -> Tensor:
     """Room for each part's share of the gain's gradient, to be added in float64."""
-    return torch.zeros(-(-x.shape[0] // jit.STRIDE), x.shape[1])
+    return torch.zeros(-(-x.shape[0] // STRIDE), x.shape[1])

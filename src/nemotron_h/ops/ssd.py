@@ -28,7 +28,7 @@ from nemotron_h.grid import CHUNK
 from nemotron_h.ops.jit import ssd as jit
 from nemotron_h.ops.jit.scalars import array, runs
 from nemotron_h.ops.segments import Segments
-from nemotron_h.ops.shapes import expect
+from nemotron_h.ops.shapes import expect, first_order, wants_gradient
 
 
 def ssd_recurrence(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,8 +69,13 @@ def ssd(
         None where it is what was given.
     Raises: ShapeError, naming the argument.
     """
+    for name, tensor in (("x", x), ("C", C)):
+        if tensor.ndim != 4:
+            raise ShapeError(f"{name}: must have 4 dimensions; got {tensor.ndim}")
     c, h, _, p = x.shape
     g, _, n = C.shape[1:]
+    if g < 1 or h % g:
+        raise ShapeError(f"C: must have groups that divide the {h} heads of x; got {g}")
     expect(x, "x", (segments.num_chunks, h, CHUNK, p))
     expect(dt, "dt", (c, CHUNK, h), torch.float32)
     expect(A, "A", (h,), torch.float32)
@@ -84,10 +89,11 @@ def ssd(
     if D is None:
         D = A.new_zeros(h)
     expect(D, "D", (h,), torch.float32)
+    given = [t for t in (x, dt, A, B, C, D, boundary) if t is not None]
+    if (any(segments.starts) or boundary is not None) and wants_gradient(*given):
+        raise ShapeError("boundary: must be None where gradients are wanted; training passes no state")
     if not runs(x, B, C):
         return ssd_torch(x, dt, a, B, C, D, segments, boundary)
-    if any(segments.starts) and x.requires_grad:
-        raise ShapeError("boundary: must be None where gradients are wanted; training passes no state")
     y, after = _Ssd.apply(x, dt, a, B, C, D, segments, boundary)  # type: ignore[no-untyped-call]
     return y, after
 
@@ -168,6 +174,7 @@ class _Ssd(torch.autograd.Function):
         return y.view(c, m, h, p).transpose(1, 2), after
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         x, dt, a, B, C, D, before = ctx.saved_tensors
         c, h, g, m, n, p = ctx.shape

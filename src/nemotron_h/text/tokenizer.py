@@ -8,8 +8,8 @@ does: a text that spells one is encoded letter by letter. Control tokens are put
 Format: the `tokenizers` library's, so that the file also loads in transformers, vLLM and llama.cpp's converter.
 """
 
+import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeGuard
@@ -18,6 +18,7 @@ import tokenizers
 
 from nemotron_h.config.tokenizer import CONTROL_NAMES
 from nemotron_h.errors import CheckpointError, DataError, UnsupportedError
+from nemotron_h.files import replacing
 
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
@@ -40,7 +41,8 @@ class Tokenizer:
         self._engine = _build_engine(data, self._control, self._ids, where)
         self._bytes = {i: name.encode() if i in self._control else _spelt(name) for name, i in self._ids.items()}
         named = _parse_object(settings, where.with_name(SETTINGS_FILE)) if settings is not None else {}
-        self.vocab_size = max(self._bytes) + 1  # one more than the largest id
+        self.known_ids = tuple(sorted(self._bytes))  # those with a meaning; a file may leave holes between them
+        self.vocab_size = self.known_ids[-1] + 1  # one more than the largest id
         self.unk_id = self._named_id(named, "unk_token", UNK)
         self.bos_id = self._named_id(named, "bos_token", BOS)
         self.eos_id = self._named_id(named, "eos_token", EOS)
@@ -58,12 +60,23 @@ class Tokenizer:
         return cls(_read(file), _read(beside) if beside.exists() else None, where=file)
 
     def save(self, folder: str | Path) -> None:
-        """Write both files into folder; what was loaded is written back byte for byte."""
+        """Write both files into folder; what was loaded is written back byte for byte.
+
+        Without settings, those of an older tokenizer there are removed. Raises: OSError naming the file that the disk
+        does not take.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if self._settings is not None:
+        if self._settings is None:
+            (folder / SETTINGS_FILE).unlink(missing_ok=True)
+        else:
             _write(folder / SETTINGS_FILE, self._settings)
         _write(folder / TOKENIZER_FILE, self._source)
+
+    @property
+    def digest(self) -> str:
+        """Of both files: tokenizers with one digest encode alike."""
+        return hashlib.sha256(self._source + b"\0" + (self._settings or b"")).hexdigest()[:16]
 
     @property
     def special_ids(self) -> frozenset[int]:
@@ -264,10 +277,5 @@ def _read(path: Path) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """All or nothing: a reader sees the old file or the new one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("wb") as file:
+    with replacing(path) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -82,7 +82,11 @@ def train(
         check_fits(tokenizer, model_config.vocab_size)
     folder.mkdir(parents=True, exist_ok=True)
     with claimed(folder):
-        settings = {"model": to_mapping(model_config), "windows_per_epoch": batches.windows_per_epoch}
+        settings = {
+            "model": to_mapping(model_config),
+            "data": batches.identity,
+            "tokenizer": tokenizer.digest if tokenizer is not None else None,
+        }
         run = _Run(model_config, config, to_mapping(config) | settings, folder / CHECKPOINTS, tokenizer)
         metrics = Metrics(folder / METRICS, run.step)
         with stop_signals() as received:
@@ -189,7 +193,7 @@ def stop_signals() -> Iterator[Sequence[int]]:
         return
 
     def note(number: int, frame: FrameType | None) -> None:
-        if received and number == signal.SIGINT:
+        if number == signal.SIGINT and number in received:
             raise KeyboardInterrupt
         received.append(number)
 

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_h.checkpoint.files import write_text, writing
+from nemotron_h.errors import CheckpointError
 
 
 class Metrics:
-    """Rows of {"step": ...}; opened at a step, later rows of an interrupted run are dropped."""
+    """Rows of {"step": ..., "loss": ...}; opened at a step, later rows of an interrupted run are dropped."""
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
@@ -20,13 +21,18 @@ class Metrics:
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    """All whole rows; a row cut short by a kill is no row."""
+    """All whole rows; a last one cut short by a kill is no row. Raises: CheckpointError where one is damaged."""
     if not path.exists():
         return []
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            break
+    *lines, _ = path.read_bytes().split(b"\n")
+    return [row(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def row(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except ValueError:  # no JSON, or no UTF-8
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("step"), int) or "loss" not in found:
+        raise CheckpointError(f"{where}: must be a JSON object with step and loss; got {line!r}; remove the line")
     return found

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nemotron_h.config.train import Optimizer, TrainConfig
 from nemotron_h.errors import CheckpointError
 
+NEWTON_SCHULZ_STEPS = 5  # where the settings give none
 EMBEDDING = "backbone.embeddings.weight"
 
 # What each optimizer remembers of a parameter after its first step.
@@ -30,8 +31,8 @@ def optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimi
     rest = [(name, p) for name, p in named if name not in matrices]
     embedding, others = [p for name, p in rest if name == EMBEDDING], [pair for pair in rest if pair[0] != EMBEDDING]
     groups: list[dict[str, Any]] = [
-        {"params": [p for name, p in others if decayed(name, p)], "weight_decay": config.weight_decay},
-        {"params": [p for name, p in others if not decayed(name, p)], "weight_decay": 0.0},
+        {"params": [p for name, p in others if decayed(p)], "weight_decay": config.weight_decay},
+        {"params": [p for name, p in others if not decayed(p)], "weight_decay": 0.0},
         {
             "params": embedding,
             "weight_decay": config.weight_decay,
@@ -54,7 +55,7 @@ def optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimi
                 [parameters[name] for name in matrices],
                 lr=config.matrix_learning_rate,
                 weight_decay=config.weight_decay,
-                ns_steps=config.newton_schulz_steps,
+                ns_steps=config.newton_schulz_steps or NEWTON_SCHULZ_STEPS,
             )
         )
     for optimizer in made:
@@ -63,7 +64,7 @@ def optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimi
     return made
 
 
-def decayed(name: str, parameter: Tensor) -> bool:
+def decayed(parameter: Tensor) -> bool:
     """Does weight decay pull on it?"""
     return parameter.ndim > 1
 

@@ -1,3 +1,5 @@
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -50,18 +52,68 @@ def test_where_they_are_out_of_reach_one_thread_does_it_all_and_that_is_said(mon
     visit(64, visits, ranges)  # said once: a second warning would be an error here
 
 
-def test_machine_code_is_kept_under_a_name_that_follows_its_sources(tmp_path: Path) -> None:
-    """numba's cache watches a kernel's own file; a change in what it calls must not run the old code."""
-    before = kernels.sources()
-    assert len(before) == 10
-    copy = tmp_path / "nemotron_h"
-    subprocess.run(["cp", "-r", str(Path(kernels.__file__).parents[2]), str(copy)], check=True)
-    scalars_copy = copy / "ops" / "jit" / "scalars.py"
-    scalars_copy.write_text(scalars_copy.read_text() + "# changed\n")
+@kernels.kernel(1)
+def fail_at(start: Any, stop: Any, place: Any, done: Any) -> None:
+    for task in range(start, stop):
+        if task == place:
+            raise ValueError("a task that fails")
+        done[task] = 1
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_task_that_fails_is_an_error_and_not_a_result(number: int, threads: Callable[[int], None]) -> None:
+    threads(number)
+    for place in (0, 40, 63):
+        with pytest.raises(MemoryError, match="a task of a kernel failed"):
+            fail_at(64, place, np.zeros(64))
+    done = np.zeros(64)
+    fail_at(64, -1, done)
+    assert done.all()
+
+
+def sources_of(package: Path) -> str:
     code = "from nemotron_h.ops.jit import kernels; print(kernels.sources())"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, check=True,
-                          capture_output=True, text=True)  # fmt: skip
-    assert done.stdout.strip() != before
+    environment = os.environ | {"PYTHONPATH": str(package.parent)}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
+    ).stdout
+
+
+def test_machine_code_is_kept_under_a_name_that_follows_its_sources(tmp_path: Path) -> None:
+    """numba's cache watches a kernel's own file; a change in what it calls must not run the old code. And a folder with
+    a space in its name is a folder like any other."""
+    package = tmp_path / "a copy" / "nemotron_h"
+    shutil.copytree(Path(kernels.__file__).parents[2], package, ignore=shutil.ignore_patterns("__pycache__"))
+    before = kernels.sources()
+    assert sources_of(package) == f"{before}\n"
+    path = package / "ops" / "jit" / "scalars.py"
+    path.write_text(path.read_text() + "# changed\n")
+    assert sources_of(package) != f"{before}\n"
+    assert kernels.launcher(visit.__wrapped__).__name__ == f"visit_{before}"
+
+
+def test_without_a_folder_to_write_to_kernels_are_compiled_all_the_same_and_that_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = kernels.numba.njit
+
+    def nowhere(*functions: Any, cache: bool = False, **options: Any) -> Any:
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return real(*functions, **options)
+
+    monkeypatch.setattr(kernels.numba, "njit", nowhere)
+    scalars.said_once.cache_clear()
+    with pytest.warns(UserWarning, match="cannot be kept on disk here"):
+        launch = kernels.launcher(visit.__wrapped__)
+    visits, ranges = np.zeros(8, np.int64), np.zeros(8, np.int64)
+    launch(8, 1, visits, ranges)
+    assert (visits == 1).all()
+
+
+def test_only_our_kernels_are_said_to_be_compiled(caplog: pytest.LogCaptureFixture) -> None:
+    kernels.numba.njit(lambda: 1)()
+    assert not caplog.records
 
 
 def test_kernels_leave_torchs_threads_alone(threads: Callable[[int], None]) -> None:

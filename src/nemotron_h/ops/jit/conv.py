@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 
 from nemotron_h.ops.jit.kernels import kernel
-from nemotron_h.ops.jit.scalars import f, read, sigmoid, write
+from nemotron_h.ops.jit.scalars import STRIDE, f, read, sigmoid, write
 from nemotron_h.ops.jit.tiles import clear
-
-STRIDE = 64  # rows of one part of the gradient: its scratch stays in cache
 
 
 @kernel(16)

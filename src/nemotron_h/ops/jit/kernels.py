@@ -7,10 +7,10 @@ threads.
 """
 
 import ctypes
+import functools
 import hashlib
 import logging
 from collections.abc import Callable
-from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,12 @@ def kernel(least: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
     Fewer than 2 * least tasks are not worth a second thread.
     """
 
-    def made(function: Callable[..., None]) -> Callable[..., None]:
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
         if numba is None:
             return function
         launch = launcher(function)
 
-        @wraps(function)
+        @functools.wraps(function)
         def run(count: int, *rest: Any) -> None:
             if not SHARED:
                 said_once(
@@ -42,21 +42,14 @@ def kernel(least: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
         return run
 
-    return made
+    return decorate
 
 
 def runtime() -> ctypes.CDLL | None:
-    """The OpenMP library that torch has loaded, where it has GNU's entry points."""
-    try:
-        maps = Path("/proc/self/maps").read_text().split()
-    except OSError:  # not Linux
-        maps = [str(path) for path in (Path(torch.__file__).parent / "lib").glob("libomp.*")]
-    loaded = {path for path in maps if Path(path).name.startswith(("libgomp", "libomp", "libiomp"))}
-    for path in sorted(loaded, key=lambda path: ("torch" not in path, path)):
-        library = ctypes.CDLL(path)
-        if all(hasattr(library, entry) for entry in ENTRIES):
-            return library
-    return None
+    """Torch itself, where the OpenMP library that it has loaded has GNU's entry points: a name is looked up in what a
+    library depends on too."""
+    library = ctypes.CDLL(torch._C.__file__)
+    return library if all(hasattr(library, entry) for entry in ENTRIES) else None
 
 
 if numba is not None:
@@ -78,9 +71,10 @@ if numba is not None:
         said = False
 
         def on_start(self, event: Any) -> None:
-            if not self.said:
+            ours = event.data["dispatcher"].py_func.__module__.startswith(__package__)
+            if ours and not self.said:
                 logging.getLogger("nemotron_h").info("compiling the CPU kernels, once on this machine")
-            self.said = True
+            self.said = self.said or ours
 
         def on_end(self, event: Any) -> None:
             """Nothing."""
@@ -95,9 +89,16 @@ if numba is not None:
         namespace: dict[str, Any] = {"__name__": function.__module__, "share": share, "task": task}
         source = f"def {name}(count, threads, *rest):\n    share(task, count, threads, rest)\n"
         exec(compile(source, function.__code__.co_filename, "exec"), namespace)
-        return numba.njit(error_model="numpy", nogil=True, cache=True)(namespace[name])
+        compiled = functools.partial(numba.njit, error_model="numpy", nogil=True)
+        try:
+            return compiled(cache=True)(namespace[name])
+        except RuntimeError:  # numba found no folder to write to
+            said_once(
+                "the CPU kernels cannot be kept on disk here, and are compiled anew each time; set NUMBA_CACHE_DIR"
+            )
+            return compiled()(namespace[name])
 
-    @cache
+    @functools.cache
     def sources() -> str:
         """What the kernels are made from, in ten letters: numba's own cache watches one file of them."""
         texts = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
@@ -115,15 +116,16 @@ if numba is not None:
             module = builder.module
             function = context.declare_function(module, compiled.fndesc)
             _, count, threads, rest = args
-            values = [count, *cgutils.unpack_tuple(builder, rest)]
+            values = [word(0), count, *cgutils.unpack_tuple(builder, rest)]
 
-            # void part(data): what one thread does, data being the values
+            # void part(data): what one thread does, data being whether a task failed, the count, and the rest
             held = ir.LiteralStructType([value.type for value in values])
             part = ir.Function(module, ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t]), module.name + ".part")
             part.linkage = "internal"
             inside = ir.IRBuilder(part.append_basic_block())
             given = inside.bitcast(part.args[0], held.as_pointer())
-            count, *rest = (inside.load(cgutils.gep_inbounds(inside, given, 0, k)) for k in range(len(values)))
+            places = [cgutils.gep_inbounds(inside, given, 0, k) for k in range(len(values))]
+            count, *rest = (inside.load(where) for where in places[1:])
             if SHARED:
                 place, parts = (
                     inside.sext(
@@ -136,12 +138,17 @@ if numba is not None:
                 place, parts = word(0), word(1)
             start = inside.sdiv(inside.mul(count, place), parts)
             stop = inside.sdiv(inside.mul(count, inside.add(place, word(1))), parts)
-            context.call_conv.call_function(inside, function, types.none, of_task.args, [start, stop, *rest])
+            status, _ = context.call_conv.call_function(
+                inside, function, types.none, of_task.args, [start, stop, *rest]
+            )
+            with inside.if_then(status.is_error):
+                inside.store(word(1), places[0])
             inside.ret_void()
 
             data = cgutils.alloca_once(builder, held)
             for index, value in enumerate(values):
                 builder.store(value, cgutils.gep_inbounds(builder, data, 0, index))
+            failed = cgutils.gep_inbounds(builder, data, 0, 0)
             data = builder.bitcast(data, cgutils.voidptr_t)
             alone = builder.icmp_signed("==", threads, word(1))
             with builder.if_else(alone) as (then, otherwise):
@@ -149,11 +156,12 @@ if numba is not None:
                     builder.call(part, [data])
                 with otherwise:
                     if SHARED:
-                        kind = ir.FunctionType(
-                            ir.VoidType(), [part.type, cgutils.voidptr_t, number, number]
-                        )  # fmt: skip
+                        kind = ir.FunctionType(ir.VoidType(), [part.type, cgutils.voidptr_t, number, number])
                         parallel = cgutils.get_or_insert_function(module, kind, ENTRIES[0])
                         builder.call(parallel, [part, data, builder.trunc(threads, number), number(0)])
+            with builder.if_then(builder.icmp_signed("!=", builder.load(failed), word(0))):
+                message = ("a task of a kernel failed, most likely for lack of memory",)
+                context.call_conv.return_user_exc(builder, MemoryError, message)
             return context.get_dummy_value()
 
         return types.void(task, types.int64, types.int64, rest), generate

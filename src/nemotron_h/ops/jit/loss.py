@@ -5,9 +5,7 @@ from typing import Any
 import numpy as np
 
 from nemotron_h.ops.jit.kernels import kernel
-from nemotron_h.ops.jit.scalars import exp, f, read, write
-
-LANES = 16
+from nemotron_h.ops.jit.scalars import LANES, exp, f, read, write
 
 
 @kernel(16)

@@ -9,10 +9,7 @@ from typing import Any
 import numpy as np
 
 from nemotron_h.ops.jit.kernels import kernel
-from nemotron_h.ops.jit.scalars import compile_once, f, piece, read, sigmoid, write
-
-LANES = 16
-STRIDE = 64  # rows of one part of the gain's gradient
+from nemotron_h.ops.jit.scalars import LANES, STRIDE, compile_once, f, piece, read, sigmoid, write
 
 
 @piece

@@ -3,6 +3,7 @@
 Every lane of a vector and every tail computes the same operations, so a value's bits do not depend on its place.
 """
 
+import platform
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -12,15 +13,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+MISSING = ""  # what keeps kernels from running here
 try:
+    import llvmlite.binding
     import numba
     from llvmlite import ir
     from numba import types
     from numba.extending import intrinsic, overload
-except ImportError:  # the torch definitions run; said once, by `runs`
+
+    if numba.config.DISABLE_JIT:
+        MISSING = "NUMBA_DISABLE_JIT is set"
+    elif platform.machine() in ("x86_64", "AMD64") and not llvmlite.binding.get_host_cpu_features().get("fma"):
+        MISSING = "this CPU has no fused multiply-add"  # without it a kernel is slower than torch
+except ImportError:
+    MISSING = "numba is not installed"
+if MISSING:  # the torch definitions run; said once, by `runs`
     numba = None
 
 f = np.float32
+LANES = 16  # partial sums of a long sum, and columns of a product: one order, whatever the vector width
+STRIDE = 64  # rows of one part of a gradient that is summed over rows
 
 
 @cache
@@ -29,11 +41,11 @@ def said_once(reason: str) -> None:
 
 
 def runs(*tensors: Tensor) -> bool:
-    """Can kernels take these tensors? On the CPU, in float32 or bfloat16, where numba is installed."""
+    """Can kernels take these tensors? On the CPU, in float32 or bfloat16, where numba can compile for it."""
     if any(t.device.type != "cpu" or t.dtype not in (torch.float32, torch.bfloat16) for t in tensors):
         return False
     if numba is None:
-        said_once("numba is not installed: the torch definitions run instead of the CPU kernels, slower")
+        said_once(f"{MISSING}: the torch definitions run instead of the CPU kernels, slower")
         return False
     return True
 
@@ -100,9 +112,10 @@ def from_bfloat16(bits):  # type: ignore[no-untyped-def]
 
 @inline
 def to_bfloat16(x):  # type: ignore[no-untyped-def]
-    """Round to nearest, ties to even, as torch does. (A NaN that arithmetic makes stays one.)"""
+    """Round to nearest, ties to even, as torch does."""
     bits = as_bits(x)
-    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+    rounded = np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+    return np.uint16(0x7FC0) if np.isnan(x) else rounded
 
 
 @inline

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from nemotron_h.ops.jit.scalars import compile_once, f, numba, piece, read, write
+from nemotron_h.ops.jit.scalars import LANES, compile_once, f, numba, piece, read, write
 
-LANES, HEIGHT = 16, 4
+HEIGHT = 4
 
 if numba is not None:
     from llvmlite import ir
