@@ -113,9 +113,9 @@ def from_bfloat16(bits):  # type: ignore[no-untyped-def]
 @inline
 def to_bfloat16(x):  # type: ignore[no-untyped-def]
     """Round to nearest, ties to even, as torch does."""
-    bits = as_bits(x)
-    rounded = np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
-    return np.uint16(0x7FC0) if np.isnan(x) else rounded
+    bits, nan = as_bits(x), np.uint32(np.isnan(x))
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.uint16(rounded * (np.uint32(1) - nan) + np.uint32(0x7FC0) * nan)
 
 
 @inline
