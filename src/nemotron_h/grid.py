@@ -6,9 +6,9 @@ on this grid, never from how its prompt was cut or who else is in the call.
 
 CHUNK = 64  # tokens of the scan: the recurrent state is stored at its multiples
 BLOCK = 256  # keys of one attention product, a multiple of CHUNK
-ROWS = (
-    4  # rows of every matrix product come in multiples: at other counts CPU kernels take other paths, with other bits
-)
+# At other counts than multiples of these, CPU kernels take other paths through a matrix product, with other bits:
+ROWS = 4  # its rows
+DEPTH = 8  # the channels that it sums over (seen in float32 on three threads and more)
 
 
 def round_up(count: int, multiple: int) -> int:

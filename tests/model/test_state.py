@@ -293,6 +293,12 @@ def test_pages_that_somebody_hands_out_are_never_taken() -> None:
         net(random_tokens(1, 1, seed=2), foreign)
 
 
+@torch.no_grad()
+def test_an_odd_ffn_keeps_its_bits_on_three_threads(threads: Callable[[int], None]) -> None:
+    threads(3)
+    check_cuts("nano", torch.float32, 300, [1, 7, 299])
+
+
 def test_one_key_value_head_keeps_its_bits_on_two_threads() -> None:
     """A single head is a single task: the CPU operator would multiply it by several threads, with other bits."""
     before = torch.get_num_threads()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nemotron_h.config.model import AttentionConfig, LayerConfig, MambaConfig, MlpConfig, ModelConfig
 from nemotron_h.errors import ShapeError, UnsupportedError
 from nemotron_h.model.attention import Attention
-from nemotron_h.model.linear import Linear
+from nemotron_h.model.linear import Linear, linear
 from nemotron_h.model.mamba import Gain, Mamba
 from nemotron_h.model.mlp import Mlp
 from nemotron_h.model.state import AttentionState, MambaState, State
@@ -88,7 +88,7 @@ class Hybrid(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, hidden) -> (rows, vocab) float32. rows: a multiple of ROWS, for bits that do not depend on it."""
-        return F.linear(hidden, self.head_weight.to(hidden.dtype)).float()
+        return linear(hidden, self.head_weight).float()
 
     @property
     def head_weight(self) -> nn.Parameter:

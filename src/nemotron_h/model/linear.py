@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nemotron_h.grid import DEPTH
+
 
 class Linear(nn.Module):
     """x (rows, in) -> (rows, out), in x's dtype."""
@@ -13,4 +15,13 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (rows, in) and weight (out, in), cast to x's dtype: (rows, out). A row's bits depend on that row alone where
+    rows is a multiple of ROWS: channels are filled up with zeros to a multiple of DEPTH."""
+    weight, spare = weight.to(x.dtype), -x.shape[-1] % DEPTH
+    if spare:
+        x, weight = F.pad(x, (0, spare)), F.pad(weight, (0, spare))
+    return F.linear(x, weight)
