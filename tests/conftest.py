@@ -1,26 +1,25 @@
 """What every test shares: no network, hypothesis that draws the same examples each time, threads that are put back."""
 
-import ipaddress
+import os
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
+
+from tests.loopback.stays_here import stays_here
 
 # derandomize: a run depends on the code alone. No deadline: the first call of a kernel compiles it.
 settings.register_profile("house", derandomize=True, deadline=None)
 settings.load_profile("house")
 
 
-def stays_here(host: Any) -> bool:
-    """Is this the machine itself?"""
-    if host in (None, "", "localhost", socket.gethostname()):
-        return True
-    try:
-        return ipaddress.ip_address(str(host).partition("%")[0]).is_loopback
-    except ValueError:
-        return False
+# The Pythons that tests start stay on this machine too.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(Path(__file__).with_name("loopback")), os.environ.get("PYTHONPATH")])
+)
 
 
 @pytest.fixture(autouse=True)

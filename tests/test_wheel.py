@@ -33,7 +33,9 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An environment with the wheel and the libraries that it names, PyTorch by the way of `make install`."""
     folder = tmp_path_factory.mktemp("elsewhere")
     subprocess.run([sys.executable, "-m", "venv", str(folder / "env")], check=True)
-    install_torch(folder / "env/bin/python")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTHONPATH")  # installing asks the package index: the one thing in the tests that does
+        install_torch(folder / "env/bin/python")
     run(folder, "python", "-m", "pip", "install", "--constraint", str(ROOT / "constraints.txt"), str(wheel))
     return folder
 
