@@ -13,8 +13,10 @@ def test_connections_beyond_loopback_fail_the_test() -> None:
 
 
 def test_loopback_is_open() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()):
-        server.accept()[0].close()
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as caller:
+        peer, address = server.accept()
+        peer.close()
+        assert address == caller.getsockname()
 
 
 @pytest.mark.parametrize(

@@ -483,7 +483,8 @@ def test_every_dependency_is_imported(install: ModuleType) -> None:
 def test_every_dependency_and_tool_is_pinned(install: ModuleType) -> None:
     project = install.project()
     for line in project["dependencies"] + project["optional-dependencies"]["dev"]:
-        install.pinned_version(re.split("[<>=]", line)[0])
+        name = re.split("[<>=]", line)[0]
+        assert f"\n{name}=={install.pinned_version(name)}\n" in f"\n{(ROOT / 'constraints.txt').read_text()}"
 
 
 def write_script(path: Path, line: str) -> None:

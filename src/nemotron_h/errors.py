@@ -31,7 +31,3 @@ class CapacityError(NemotronError):
 
 class DataError(NemotronError):
     """A document, a shard or a text file is missing, damaged or not what its header says."""
-
-
-class MissingExtraError(NemotronError):
-    """A feature needs a package that is not installed; the message names the extra."""

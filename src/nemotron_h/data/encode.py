@@ -22,7 +22,9 @@ def encode_documents(
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
     if bos is None or eos is None:
         raise DataError("tokenizer: must have <s> and </s> to mark a document's ends; got a tokenizer without")
-    total, done, tokens = sum(1 for _ in documents(source)), 0, 0
+    with source.open("rb") as lines:
+        total = sum(1 for _ in lines)
+    done, tokens = 0, 0
     with ShardWriter(name, vocab_size=tokenizer.vocab_size) as writer:
         for texts in _batches(source):
             for ids in tokenizer.encode_batch(texts):
