@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nemotron_h.config.cost import memory, parameters
+from nemotron_h.config import cost
 from nemotron_h.config.presets import PRESETS
 from nemotron_h.model.hybrid import Hybrid
 
@@ -17,21 +17,46 @@ def test_json(command: Callable[..., Any]) -> None:
     shown = json.loads(command("show", "8b", "--json").out)
     config = PRESETS["8b"]
     assert shown["parameters"] == sum(p.numel() for p in Hybrid(config, device="meta").parameters())
-    assert sum(shown["parameters_by_kind"].values()) == shown["parameters"]
-    assert shown["parameters_by_kind"] == parameters(config)
+    assert shown["parameters_by_kind"] == cost.parameters(config)
     assert shown["pattern"] == config.pattern
-    assert list(shown["bytes"]) == ["1024", "65536", "131072", "1048576"]
-    for tokens, terms in shown["bytes"].items():
-        assert terms.pop("total") == sum(terms.values())
-        assert terms == memory(config, int(tokens))
+    formats, contexts = list(cost.WEIGHT_FORMATS), ["1024", "65536", "131072", "1048576"]
+    assert list(shown["weight_bytes"]) == list(shown["bytes"]) == formats
+    for weights in formats:
+        terms = cost.weight_bytes(config, weights)
+        assert shown["weight_bytes"][weights] == terms | {"total": sum(terms.values())}
+        assert list(shown["bytes"][weights]) == contexts
+        for tokens, peak in shown["bytes"][weights].items():
+            terms = cost.peak_bytes(config, int(tokens), weights=weights)
+            assert peak == terms | {"total": sum(terms.values())}
+    assert list(shown["token_flops"]) == contexts
+    for tokens, work in shown["token_flops"].items():
+        for name, asked in (
+            ("prefill", cost.prefill_flops),
+            ("decode", cost.decode_flops),
+            ("training", cost.training_flops),
+        ):
+            kinds = asked(config, int(tokens))
+            assert work[name] == kinds | {"total": sum(kinds.values())}
+
+
+def test_the_papers_figures_are_on_the_screen(command: Callable[..., Any]) -> None:
+    """arXiv:2504.03624: 29.5 GiB of FP4 weights; with a million tokens' keys and values and the state, what fits."""
+    lines = [" ".join(line.split()) for line in command("show", "56b").out.splitlines()]
+    assert "nvfp4 29.5 GiB 30.5 GiB 33.0 GiB 35.5 GiB 70.5 GiB" in lines
+    assert "131,072 5.00 GiB 131B 154B 399B" in lines
+    assert "864 MiB recurrent state" in lines
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
-def test_every_preset_is_drawn(command: Callable[..., Any], name: str) -> None:
-    ended = command("show", name)
-    assert ended.code == 0
-    assert f"{sum(parameters(PRESETS[name]).values()):,}" in ended.out
-    assert "1,048,576" in ended.out
+def test_every_preset_is_drawn_on_a_terminal_of_80_columns(
+    command: Callable[..., Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = command("show", name)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert command("show", name).out == wide.out  # nothing is wrapped or cut
+    assert f"{sum(cost.parameters(PRESETS[name]).values()):,}" in wide.out
+    assert "1,048,576" in wide.out
+    assert ("recurrent state" in wide.out) == ("M" in PRESETS[name].pattern)
 
 
 def test_a_checkpoint_and_a_config(command: Callable[..., Any], checkpoint: Path) -> None:

@@ -7,8 +7,6 @@ from nemotron_h.config.model import AttentionConfig, MambaConfig, MlpConfig, Mod
 from nemotron_h.config.presets import PRESETS, preset
 from nemotron_h.errors import ConfigError
 
-MIB = 2**20
-
 # name: parameters; Mamba, FFN, attention layers; where attention stands
 PUBLISHED = {
     "4b": (4_489_223_040, (24, 24, 4), [7, 18, 29, 40]),
@@ -26,15 +24,6 @@ SIZES = {
     "56b": (16384, 20480, 37120, 438.43, 151.00, 536.88, 2.147),
     "nano-12b-v2": (10240, 12288, 22656, 168.50, 62.92, 209.72, 1.342),
     "nano-9b-v2": (10240, 12288, 22656, 147.45, 55.05, 140.50, 1.174),
-}
-# name: bytes of keys and values a token, MiB of float32 state a sequence
-CACHES = {
-    "4b": (16_384, 84),
-    "8b": (16_384, 96),
-    "47b": (20_480, 720),
-    "56b": (40_960, 864),
-    "nano-12b-v2": (24_576, 140),
-    "nano-9b-v2": (16_384, 135),
 }
 
 
@@ -65,15 +54,6 @@ def test_sizes_of_layers_are_the_published_ones(name: str) -> None:
         assert round(counted / 1e6, 2) == size, kind.__name__
     counts = cost.parameters(config)
     assert round((counts["embedding"] + counts["head"]) / 1e9, 3) == tables
-
-
-@pytest.mark.parametrize("name", CACHES)
-def test_caches_are_the_published_ones(name: str) -> None:
-    per_token, state = CACHES[name]
-    config = PRESETS[name]
-    assert cost.memory(config, 65_536)["keys and values"] == per_token * 65_536
-    boundaries = [layer.inner_size * layer.state_size * 4 for layer in config.layers if isinstance(layer, MambaConfig)]
-    assert sum(boundaries) == state * MIB
 
 
 def test_what_makes_each_member_peculiar() -> None:

@@ -106,6 +106,6 @@ def test_training_settings_in_tokens_and_steps() -> None:
 
 
 def test_no_settings_import_torch() -> None:
-    rooms = "cost, data, model, pattern, presets, published, recipe, settings, tokenizer, train"
+    rooms = "cost, data, devices, model, pattern, presets, published, recipe, settings, tokenizer, train"
     program = f"import sys; from nemotron_h.config import {rooms}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)

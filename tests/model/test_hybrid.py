@@ -135,7 +135,7 @@ def test_every_preset_builds_and_has_the_parameters_its_cost_says(name: str) -> 
     for parameter, value in net.named_parameters():
         small = parameter.endswith(("mixer.A_log", "mixer.D", "mixer.dt_bias"))
         assert value.dtype == (torch.float32 if small else torch.bfloat16), parameter
-    assert sum(p.nbytes for p in net.parameters()) == cost.memory(config, 1)["weights"]
+    assert sum(p.nbytes for p in net.parameters()) == sum(cost.weight_bytes(config, "bfloat16").values())
 
 
 def test_names_and_shapes_are_the_published_ones() -> None:

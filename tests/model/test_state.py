@@ -199,16 +199,22 @@ def tensors(state: State) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", FAMILY)
-@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 4), (torch.bfloat16, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @torch.no_grad()
-def test_size_is_what_the_cost_says(name: str, dtype: torch.dtype, width: int) -> None:
+def test_size_is_what_the_cost_says(name: str, dtype: torch.dtype) -> None:
     net, config = model(name, dtype), FAMILY[name]
+    weights = str(dtype).removeprefix("torch.")
     state = net.empty_state(3)
-    want = cost.memory(config, 0, weight_bytes=width, batch=3)
-    assert state.size_bytes == want["recurrent state"] == sum(t.nbytes for t in tensors(state))
-    net(random_tokens(3, 300, seed=50), state)
-    want = cost.memory(config, 300, weight_bytes=width, batch=3)
-    assert state.size_bytes == want["recurrent state"] + want["keys and values"]
+    for length in (0, 300):
+        if length:
+            net(random_tokens(3, length, seed=50), state)
+        want = cost.peak_bytes(config, length, batch=3, weights=weights)
+        assert want.pop("weights") == sum(parameter.nbytes for parameter in net.parameters())
+        assert state.size_bytes == sum(want.values()) == sum(t.nbytes for t in tensors(state))
+    layers = [layer for layer in state.layers if isinstance(layer, MambaState)]
+    assert want["recurrent state"] == sum(layer.boundary.nbytes for layer in layers)
+    assert want["chunk inputs"] == sum(t.nbytes for layer in layers for t in (layer.x, layer.dt, layer.B))
+    assert want["conv inputs"] == sum(layer.conv.nbytes for layer in layers)
 
 
 @torch.no_grad()
@@ -219,13 +225,13 @@ def test_what_is_not_written_yet_is_zero() -> None:
     for layer in state.layers:
         match layer:
             case MambaState():
-                assert (layer.x[:, :, 6:] == 0).all()
-                assert (layer.dt[:, 6:] == 0).all()
-                assert (layer.B[:, :, 6:] == 0).all()
-                assert (layer.x[:, :, :6] != 0).any()
+                assert (layer.x[:, 6:] == 0).all()
+                assert (layer.dt[:, :, 6:] == 0).all()
+                assert (layer.B[..., 6:] == 0).all()
+                assert (layer.x[:, :6] != 0).any()
             case AttentionState():
-                assert (layer.keys[:, :, 70:] == 0).all()
-                assert (layer.keys[:, :, :70] != 0).any()
+                assert (layer.keys[..., 70:] == 0).all()
+                assert (layer.keys[..., :70] != 0).any()
 
 
 def test_another_number_of_sequences_is_refused() -> None:

@@ -8,13 +8,15 @@ from torch import Tensor
 
 from nemotron_h.errors import ShapeError
 from nemotron_h.grid import BLOCK
-from nemotron_h.ops.attention import Blocks, attention_blocks, attention_definition, attention_whole, rotate
+from nemotron_h.ops import attention
+from nemotron_h.ops.attention import attention_definition, attention_paged, attention_whole, rotate
+from nemotron_h.ops.jit.scalars import runs
 from nemotron_h.ops.segments import Segments
 from tests.compare import assert_near, double, seeded
 
 LENGTHS = [1, 63, 64, 65, 127, 128, 129, 255, 256, 257, 307, 1000]
 F, KV, D = 6, 2, 16
-# float32: an exp and a sum over the keys. bfloat16: eight bits in the operator's weights, and the output
+# float32: an exp and a sum over the keys. bfloat16: eight bits of the output
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-6}
 
 
@@ -28,25 +30,34 @@ def random(length: int, seed: int, dtype: torch.dtype = torch.float32, heads: in
     )
 
 
-def in_blocks(k: Tensor, v: Tensor) -> Blocks:
-    """Keys and values (l, kv, d) as blocks with zeros beyond the last one."""
+def in_pages(sequences: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values (l, kv, d) of each sequence in pages, last page first, and the table; NaN where nothing is."""
+    counts = [-(-len(k) // BLOCK) for k, _ in sequences]
+    first = sequences[0][0]
+    keys = torch.full((sum(counts) + 1, first.shape[1], first.shape[2], BLOCK), torch.nan, dtype=first.dtype)
+    values = torch.full((sum(counts) + 1, first.shape[1], BLOCK, first.shape[2]), torch.nan, dtype=first.dtype)
+    table = torch.zeros(len(sequences), max(counts), dtype=torch.int64)
+    page = sum(counts)
+    for index, (k, v) in enumerate(sequences):
+        for block, (some_k, some_v) in enumerate(zip(k.split(BLOCK), v.split(BLOCK), strict=True)):
+            keys[page, :, :, : len(some_k)] = some_k.permute(1, 2, 0)
+            values[page, :, : len(some_v)] = some_v.transpose(0, 1)
+            table[index, block] = page
+            page -= 1
+    return keys, values, table
 
-    def blocks(t: Tensor) -> Tensor:
-        count = -(-len(t) // BLOCK)
-        padded = torch.cat((t, t.new_zeros(count * BLOCK - len(t), *t.shape[1:])))
-        return padded.view(count, BLOCK, *t.shape[1:]).transpose(1, 2).contiguous()
 
-    return list(zip(blocks(k), blocks(v), strict=True))
-
-
-def by_blocks(sequences: list[tuple[Tensor, Tensor, Tensor]], starts: list[int]) -> list[Tensor]:
+def by_pages(sequences: list[tuple[Tensor, Tensor, Tensor]], starts: list[int]) -> list[Tensor]:
     """Each sequence's queries from its start on, in one call."""
     segments = Segments(
         tuple(starts), tuple(len(q) - start for (q, _, _), start in zip(sequences, starts, strict=True))
     )
     flat = torch.cat([q[start:] for (q, _, _), start in zip(sequences, starts, strict=True)])
     q = torch.cat((flat, torch.ones(segments.rows - segments.tokens, *flat.shape[1:], dtype=flat.dtype)))
-    out = attention_blocks(q, segments, [in_blocks(k, v) for _, k, v in sequences])
+    keys, values, table = in_pages([(k, v) for _, k, v in sequences])
+    if attention.runs is not runs:  # the torch form multiplies weights of zero too
+        keys, values = keys.nan_to_num(), values.nan_to_num()
+    out = attention_paged(q, keys, values, segments, table)
     assert out.dtype == q.dtype
     assert (out[segments.tokens :] == 0).all()
     return [out[begin : begin + length] for begin, length in zip(segments.begins, segments.lengths, strict=True)]
@@ -54,50 +65,50 @@ def by_blocks(sequences: list[tuple[Tensor, Tensor, Tensor]], starts: list[int])
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("length", LENGTHS)
-def test_blocks_and_whole_equal_the_definition(length: int, dtype: torch.dtype) -> None:
+def test_pages_and_whole_equal_the_definition(length: int, dtype: torch.dtype, form: str) -> None:
     q, k, v = random(length, seed=length, dtype=dtype)
     want = attention_definition(q.double(), k.double(), v.double())
-    (got,) = by_blocks([(q, k, v)], [0])
+    (got,) = by_pages([(q, k, v)], [0])
     assert_near(got, want, ROUNDING[dtype])
     segments = Segments((0,), (length,))
     padded = [torch.cat((t, t.new_ones(segments.rows - length, *t.shape[1:]))) for t in (q, k, v)]
     assert_near(attention_whole(*padded, segments)[:length], want, ROUNDING[dtype])
 
 
-def test_the_last_queries_of_a_long_past() -> None:
+def test_the_last_queries_of_a_long_past(form: str) -> None:
     q, k, v = random(4096, seed=1)
     want = attention_definition(q[-300:].double(), k.double(), v.double(), start=3796)
-    (got,) = by_blocks([(q, k, v)], [3796])
+    (got,) = by_pages([(q, k, v)], [3796])
     assert_near(got, want, ROUNDING[torch.float32])
 
 
 @pytest.mark.parametrize("starts", [[0, 0, 0], [1, 255, 700], [256, 600, 0], [511, 512, 513]])
-def test_ragged_segments_with_a_past_of_several_blocks(starts: list[int]) -> None:
+def test_ragged_segments_with_a_past_of_several_blocks(starts: list[int], form: str) -> None:
     sequences = [random(start + new, seed=i) for i, (start, new) in enumerate(zip(starts, (1, 300, 64), strict=True))]
-    for got, (q, k, v), start in zip(by_blocks(sequences, starts), sequences, starts, strict=True):
+    for got, (q, k, v), start in zip(by_pages(sequences, starts), sequences, starts, strict=True):
         want = attention_definition(q[start:].double(), k.double(), v.double(), start=start)
         assert_near(got, want, ROUNDING[torch.float32])
 
 
 @pytest.mark.parametrize("heads", [2, 6, 10])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_query_alone_has_the_bits_of_the_whole(dtype: torch.dtype, heads: int) -> None:
+def test_a_query_alone_has_the_bits_of_the_whole(dtype: torch.dtype, heads: int, form: str) -> None:
     q, k, v = random(530, seed=2, dtype=dtype, heads=heads)
-    (whole,) = by_blocks([(q, k, v)], [0])
+    (whole,) = by_pages([(q, k, v)], [0])
     for place in (0, 1, 2, 63, 64, 254, 255, 256, 257, 511, 512, 529):
-        (alone,) = by_blocks([(q[: place + 1], k[: place + 1], v[: place + 1])], [place])
+        (alone,) = by_pages([(q[: place + 1], k[: place + 1], v[: place + 1])], [place])
         assert torch.equal(alone[0], whole[place]), place
 
 
 @pytest.mark.parametrize("place", [0, 1, 255, 256, 299])
-def test_no_query_reads_a_later_key(place: int) -> None:
+def test_no_query_reads_a_later_key(place: int, form: str) -> None:
     q, k, v = random(300, seed=3)
     others = random(300, seed=4)
     changed = [t.clone() for t in (q, k, v)]
     for t, other in zip(changed, others, strict=True):
         t[place] = other[place] * 5
     segments = Segments((0,), (300,))
-    for run in (lambda *t: by_blocks([t], [0])[0], lambda *t: attention_whole(*t, segments)):
+    for run in (lambda *t: by_pages([t], [0])[0], lambda *t: attention_whole(*t, segments)):
         before, after = run(q, k, v), run(*changed)
         assert torch.equal(before[:place], after[:place])
         assert not torch.equal(before[place], after[place])
@@ -124,29 +135,34 @@ def test_gradients_equal_the_definitions(lengths: tuple[int, ...]) -> None:
         assert (value[segments.tokens :] == 0).all()
 
 
-def test_scores_too_large_for_exp() -> None:
+def test_scores_too_large_for_exp(form: str) -> None:
     q, k, v = random(300, seed=7)
     want = attention_definition(q.double() * 100, k.double() * 10, v.double())
-    (got,) = by_blocks([(q * 100, k * 10, v)], [0])
+    (got,) = by_pages([(q * 100, k * 10, v)], [0])
     # scores reach 10,000: their own rounding is an exponent's error
     assert_near(got, want, 2e-3)
 
 
-def test_blocks_refuse_a_gradient_which_they_do_not_have() -> None:
+def test_pages_refuse_a_gradient_which_they_do_not_have() -> None:
     segments = Segments((0,), (5,))
     q = torch.zeros(segments.rows, F, D, requires_grad=True)
+    _, k, v = random(5, seed=8)
     with pytest.raises(ShapeError, match=r"^q: must not want a gradient"):
-        attention_blocks(q, segments, [[]])
+        attention_paged(q, *in_pages([(k, v)])[:2], segments, torch.zeros(1, 1, dtype=torch.int64))
 
 
-def test_keys_of_another_dtype_or_size_are_refused() -> None:
-    q, k, v = random(5, seed=8)
-    segments = Segments((0,), (5,))
-    q = torch.cat((q, torch.zeros(3, F, D)))
-    with pytest.raises(ShapeError, match=r"^keys of a block: must be"):
-        attention_blocks(q, segments, [in_blocks(k.bfloat16(), v.bfloat16())])
-    with pytest.raises(ShapeError, match=r"^keys of a block: must have shape"):
-        attention_blocks(q, segments, [[(k.transpose(0, 1), v.transpose(0, 1))]])
+def test_pages_of_another_dtype_or_size_are_refused() -> None:
+    q, k, v = random(8, seed=8)
+    keys, values, table = in_pages([(k, v)])
+    segments = Segments((0,), (8,))
+    for wrong, named in (
+        ((keys.bfloat16(), values), "keys: must be torch.float32"),
+        ((keys, values.transpose(2, 3)), "values: must have shape"),
+        ((keys.transpose(2, 3), values), "keys: must have shape"),
+        ((keys[:, :1].expand(-1, 4, -1, -1), values), "keys: must have heads that divide the 6 of q; got 4"),
+    ):
+        with pytest.raises(ShapeError, match=f"^{named}"):
+            attention_paged(q, *wrong, segments, table)
 
 
 @pytest.mark.parametrize(("width", "base"), [(16, 10_000.0), (8, 500_000.0), (2, 100.0)])

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from nemotron_h.errors import ShapeError
-from nemotron_h.ops.conv import causal_conv, conv_definition, last_inputs
+from nemotron_h.ops.conv import causal_conv, conv_definition, keep_last
 from nemotron_h.ops.segments import Segments
 from tests.compare import assert_near, double, seeded
 
@@ -66,7 +66,7 @@ def test_cut_equals_whole_to_the_bit(dtype: torch.dtype) -> None:
         new = torch.cat((x[done : done + length], x.new_zeros(part.rows - length, CHANNELS)))
         got = causal_conv(new, weight, bias, part, carried)
         assert torch.equal(got[:length], want[done : done + length])
-        carried = last_inputs(new, part, carried)
+        keep_last(new, part, carried)
         done += length
         assert torch.equal(carried[0, -min(done, 3) :], x[max(0, done - 3) : done])
         assert (carried[0, : 3 - min(done, 3)] == 0).all()

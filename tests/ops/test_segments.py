@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemotron_h.errors import ShapeError
-from nemotron_h.grid import CHUNK, ROWS
-from nemotron_h.ops.segments import Segments
+from nemotron_h.grid import BLOCK, CHUNK, ROWS
+from nemotron_h.ops.segments import PIECE, Segments
 
 SHAPES = st.lists(st.tuples(st.integers(0, 300), st.integers(1, 200)), min_size=1, max_size=6)
 
@@ -30,11 +30,15 @@ def test_every_row_stands_where_its_sequence_puts_it(pairs: list[tuple[int, int]
             assert segments.offsets[row] == offset
             assert positions[row] == position
             assert segments.places[row] == place
-            assert segments.query_places[place // CHUNK, segments.query_of_row[row] % segments.queries] == place % CHUNK
+            owner, begin, count, first = (of_chunk[place // CHUNK] for of_chunk in segments.grid)
+            assert owner == index
+            assert first <= row < first + count
+            assert begin + row - first == place % CHUNK
             row += 1
         assert segments.last_rows[index] == row - 1
         assert segments.carried[index] == start - boundary
-        chunk_at += -(-(start + length - boundary) // CHUNK)
+        assert segments.chunk_runs[index].tolist() == [chunk_at, -(-(start + length - boundary) // CHUNK)]
+        chunk_at += segments.chunk_runs[index][1]
     assert segments.num_chunks == chunk_at
     assert (segments.offsets[row:] == -1).all()
 
@@ -47,9 +51,37 @@ def test_spread_then_collect_gives_the_rows_back(pairs: list[tuple[int, int]]) -
     assert chunks.shape == (segments.num_chunks, CHUNK, 2)
     assert torch.equal(chunks.flatten(0, 1)[segments.places], values[: segments.tokens])
     assert int((chunks != 0).any(-1).sum()) == segments.tokens
-    back = segments.collect_queries(segments.spread_queries(values))
+    back = segments.collect(chunks)
     assert torch.equal(back[: segments.tokens], values[: segments.tokens])
     assert (back[segments.tokens :] == 0).all()
+
+
+@given(SHAPES)
+def test_pieces_are_all_the_rows_once_and_never_cross_a_multiple(pairs: list[tuple[int, int]]) -> None:
+    segments = of(pairs)
+    rows = []
+    for owner, row, count, first in zip(*segments.pieces, strict=True):
+        assert first == segments.positions(torch.device("cpu"))[row]
+        assert segments.owners[row] == owner == segments.owners[row + count - 1]
+        assert count >= 1
+        assert first // PIECE == (first + count - 1) // PIECE
+        rows += range(row, row + count)
+    assert rows == list(range(segments.tokens))
+    assert BLOCK % PIECE == 0
+
+
+@given(SHAPES)
+def test_what_was_held_comes_before_what_is_new(pairs: list[tuple[int, int]]) -> None:
+    segments = of(pairs)
+    chunks = segments.spread(torch.ones(segments.rows, 2))
+    held = torch.full((len(segments), CHUNK, 2), 7.0)
+    joined = segments.after_kept(chunks, held, dim=1)
+    assert segments.after_kept(chunks, None, dim=1) is chunks
+    places = joined.flatten(0, 1)
+    assert (places[segments.places] == 1).all()
+    assert int((places == 7).any(-1).sum()) == sum(segments.carried)
+    for first, count in zip(segments.chunk_begins, segments.carried, strict=True):
+        assert (joined[first, :count] == 7).all()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import Tensor
 from nemotron_h.errors import ShapeError
 from nemotron_h.grid import CHUNK
 from nemotron_h.ops.segments import Segments
-from nemotron_h.ops.ssd import settled, ssd, ssd_recurrence
+from nemotron_h.ops.ssd import Past, keep_inputs, ssd, ssd_recurrence
 from tests.compare import assert_near, double, seeded
 
 LENGTHS = [1, 63, 64, 65, 127, 128, 129, 307, 1000, 4096]
@@ -39,6 +39,10 @@ class Inputs:
         dt = 10 ** (-3 + 2 * torch.rand(length, H, generator=generator))  # 0.001 to 0.1, as a new model's
         return cls(normal(H, p), dt, normal(g, n), normal(g, n))
 
+    def side_by_side(self) -> Tensor:
+        """(l, h p + 2 g n), as the op takes them."""
+        return torch.cat((self.x.flatten(1), self.B.flatten(1), self.C.flatten(1)), dim=1)
+
     def part(self, first: int, last: int) -> "Inputs":
         return Inputs(*(t[first:last] for t in (self.x, self.dt, self.B, self.C)))
 
@@ -56,32 +60,42 @@ def defined(inputs: Inputs, A: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
 
 def chunked(
     sequences: list[Inputs], starts: list[int], A: Tensor, boundary: Tensor | None, D: Tensor | None = None
-) -> tuple[list[Tensor], Tensor | None, Tensor]:
-    """Each sequence's tokens from its start on, the earlier ones carried as far as its chunk at hand goes back.
+) -> tuple[list[Tensor], Tensor | None]:
+    """Each sequence's tokens from its start on, the earlier ones kept as far as its chunk at hand goes back.
 
-    Returns: y (l - start, h, p) of each; the states at the beginning of the last chunks; the states after it all.
+    boundary: (s, h, p, n), the states before those. Returns: y (l - start, h, p) of each; the states at the beginning
+    of the last chunks, (s, h, p, n), None where they have not moved.
     """
     segments = Segments(tuple(starts), tuple(len(s.x) - start for s, start in zip(sequences, starts, strict=True)))
+    inputs = torch.cat([s.side_by_side()[start:] for s, start in zip(sequences, starts, strict=True)])
+    rows = torch.cat((inputs, torch.full((segments.rows - segments.tokens, inputs.shape[1]), 9.0, dtype=inputs.dtype)))
+    g, n, p = *sequences[0].B.shape[1:], sequences[0].x.shape[2]
+    dt = segments.spread(
+        torch.cat(
+            [s.dt[start:] for s, start in zip(sequences, starts, strict=True)]
+            + [torch.zeros(segments.rows - segments.tokens, H)]
+        )
+    ).transpose(1, 2)
+    past = None
+    if boundary is not None:
+        kept = [s.part(start - held, start) for s, start, held in zip(sequences, starts, segments.carried, strict=True)]
 
-    def rows(name: str) -> Tensor:
-        new = [getattr(s, name)[start:] for s, start in zip(sequences, starts, strict=True)]
-        flat = torch.cat(new)
-        return torch.cat((flat, flat.new_zeros(segments.rows - segments.tokens, *flat.shape[1:])))
+        def filled(t: Tensor) -> Tensor:  # (places, columns) to (CHUNK, columns)
+            return torch.cat(
+                (t.flatten(1), t.new_zeros(CHUNK - len(t), t[0].numel() if len(t) else t.shape[1:].numel()))
+            )
 
-    chunks = {name: segments.spread(rows(name)).clone() for name in ("x", "dt", "B")}
-    for s, start, chunk, carried in zip(sequences, starts, segments.chunk_begins, segments.carried, strict=True):
-        for name, values in chunks.items():
-            values[chunk, :carried] = getattr(s, name)[start - carried : start]
-    x, dt, B = chunks["x"].transpose(1, 2), chunks["dt"], chunks["B"].transpose(1, 2)
-    queries = segments.spread_queries(rows("C")).transpose(1, 2)
-    y, moved = ssd(x, dt, A, B, queries, segments, boundary, D=D)
-    flat = segments.collect_queries(y.transpose(1, 2))
-    ys = [flat[begin : begin + length] for begin, length in zip(segments.begins, segments.lengths, strict=True)]
-    last = [first + count - 1 for first, count in zip(segments.chunk_begins, segments.chunks, strict=True)]
-    before = moved if moved is not None else boundary
-    if before is None:
-        before = torch.zeros(len(sequences), H, x.shape[-1], B.shape[-1])
-    return ys, moved, settled(x[last], dt[last], A, B[last], before)
+        x = torch.stack([filled(k.x) for k in kept])
+        B = torch.stack([filled(k.B).T.reshape(g, n, CHUNK) for k in kept])
+        past = Past(boundary.transpose(2, 3).contiguous(), x, B)
+        dt = segments.after_kept(dt, torch.stack([filled(k.dt).T for k in kept]), dim=2)
+    dt = dt.contiguous()
+    a = (dt.double() * A.double()[:, None]).cumsum(2).float()
+    skip = torch.zeros(H) if D is None else D
+    y, moved = ssd(rows, dt, a, skip, segments, past, num_groups=g, state_size=n)
+    assert (y[segments.tokens :] == 0).all()
+    parts = [y[begin : begin + length] for begin, length in zip(segments.begins, segments.lengths, strict=True)]
+    return [part.unflatten(1, (H, p)) for part in parts], None if moved is None else moved.transpose(2, 3)
 
 
 @pytest.mark.parametrize("initial", [False, True])
@@ -90,20 +104,22 @@ def chunked(
 def test_chunks_equal_the_recurrence(length: int, initial: bool) -> None:
     A, inputs = decay_rates(), Inputs.random(length, seed=length)
     state = torch.randn(H, P, N, generator=seeded(1)) * initial
-    want, after = defined(inputs, A, state)
-    (got,), _, end = chunked([inputs], [0], A, state[None] if initial else None)
-    assert_near(got, want, ROUNDING)
-    assert_near(end[0], after, ROUNDING, "state")
+    (got,), moved = chunked([inputs], [0], A, state[None] if initial else None)
+    assert_near(got, defined(inputs, A, state)[0], ROUNDING)
+    at = (length - 1) // CHUNK * CHUNK
+    if at:
+        assert_near(moved[0], defined(inputs.part(0, at), A, state)[1], ROUNDING, "state")
+    else:
+        assert moved is None
 
 
 @pytest.mark.parametrize(("p", "g", "n"), [(8, 1, 16), (8, 4, 16), (5, 2, 6), (80, 1, 256), (1, 1, 1)])
 @pytest.mark.usefixtures("form")
 def test_every_width_and_every_way_to_share_b_and_c(p: int, g: int, n: int) -> None:
     A, inputs = decay_rates(), Inputs.random(70, seed=3, p=p, g=g, n=n)
-    (got,), _, end = chunked([inputs], [0], A, None)
-    want, after = defined(inputs, A, torch.zeros(H, p, n))
-    assert_near(got, want, ROUNDING)
-    assert_near(end[0], after, ROUNDING, "state")
+    (got,), moved = chunked([inputs], [0], A, None)
+    assert_near(got, defined(inputs, A, torch.zeros(H, p, n))[0], ROUNDING)
+    assert_near(moved[0], defined(inputs.part(0, 64), A, torch.zeros(H, p, n))[1], ROUNDING, "state")
 
 
 @pytest.mark.parametrize(
@@ -118,7 +134,7 @@ def test_every_width_and_every_way_to_share_b_and_c(p: int, g: int, n: int) -> N
     ],
 )
 @pytest.mark.usefixtures("form")
-def test_ragged_segments_with_inputs_carried(starts: list[int], lengths: list[int]) -> None:
+def test_ragged_segments_with_inputs_kept(starts: list[int], lengths: list[int]) -> None:
     A = decay_rates()
     sequences = [Inputs.random(s + n, seed=10 + i) for i, (s, n) in enumerate(zip(starts, lengths, strict=True))]
     boundaries = []
@@ -126,11 +142,10 @@ def test_ragged_segments_with_inputs_carried(starts: list[int], lengths: list[in
         at = (start - 1) // CHUNK * CHUNK if start else 0
         state = torch.zeros(H, P, N)
         boundaries.append(defined(sequence.part(0, at), A, state)[1].float() if at else state)
-    ys, moved, ends = chunked(sequences, starts, A, torch.stack(boundaries))
+    ys, moved = chunked(sequences, starts, A, torch.stack(boundaries))
     for index, (sequence, start, length) in enumerate(zip(sequences, starts, lengths, strict=True)):
-        want, after = defined(sequence, A, torch.zeros(H, P, N))
+        want = defined(sequence, A, torch.zeros(H, P, N))[0]
         assert_near(ys[index], want[start:], ROUNDING, f"segment {index}")
-        assert_near(ends[index], after, ROUNDING, f"state of segment {index}")
         at = (start + length - 1) // CHUNK * CHUNK
         if moved is not None and at:
             assert_near(moved[index], defined(sequence.part(0, at), A, torch.zeros(H, P, N))[1], ROUNDING)
@@ -141,15 +156,15 @@ def test_ragged_segments_with_inputs_carried(starts: list[int], lengths: list[in
 @pytest.mark.usefixtures("form")
 def test_a_token_alone_has_the_bits_of_the_whole() -> None:
     A, inputs = decay_rates(), Inputs.random(200, seed=4)
-    (whole,), _, _ = chunked([inputs], [0], A, torch.zeros(1, H, P, N))
+    (whole,), _ = chunked([inputs], [0], A, torch.zeros(1, H, P, N))
     for place in (0, 1, 5, 62, 63, 64, 65, 127, 128, 199):
         at = (place - 1) // CHUNK * CHUNK if place else 0
         boundary = torch.zeros(1, H, P, N)
         if at:  # the library's own state: the definition's has other bits
-            _, moved, _ = chunked([inputs.part(0, at + 1)], [0], A, boundary)
+            _, moved = chunked([inputs.part(0, at + 1)], [0], A, boundary)
             assert moved is not None
             boundary = moved
-        (alone,), _, _ = chunked([inputs.part(0, place + 1)], [place], A, boundary)
+        (alone,), _ = chunked([inputs.part(0, place + 1)], [place], A, boundary)
         assert torch.equal(alone[0], whole[place]), place
 
 
@@ -157,7 +172,7 @@ def test_a_token_alone_has_the_bits_of_the_whole() -> None:
 def test_d_adds_each_tokens_own_input() -> None:
     A, D = decay_rates(), torch.randn(H, generator=seeded(9))
     sequences = [Inputs.random(130, seed=11), Inputs.random(70, seed=12)]
-    got, _, _ = chunked(sequences, [0, 64], A, torch.zeros(2, H, P, N), D=D)
+    got, _ = chunked(sequences, [0, 64], A, torch.zeros(2, H, P, N), D=D)
     for inputs, start, y in zip(sequences, (0, 64), got, strict=True):
         chunk = inputs.part((start - 1) // CHUNK * CHUNK if start else 0, len(inputs.x))
         want = defined(chunk, A, torch.zeros(H, P, N))[0] + D.double()[:, None] * chunk.x.double()
@@ -172,8 +187,8 @@ def test_no_token_reads_a_later_one(place: int) -> None:
     changed = Inputs(*(t.clone() for t in (inputs.x, inputs.dt, inputs.B, inputs.C)))
     for name in ("x", "dt", "B", "C"):
         getattr(changed, name)[place] = getattr(other, name)[place]
-    (before,), _, _ = chunked([inputs], [0], A, None)
-    (after,), _, _ = chunked([changed], [0], A, None)
+    (before,), _ = chunked([inputs], [0], A, None)
+    (after,), _ = chunked([changed], [0], A, None)
     assert torch.equal(before[:place], after[:place])
     assert not torch.equal(before[place], after[place])
 
@@ -206,7 +221,7 @@ def check_gradients(lengths: list[int], p: int = P, g: int = G, n: int = N) -> N
 
     skip = torch.randn(H, generator=seeded(2))
     leaves = [t.requires_grad_() for t in (*(t for s in sequences for t in (s.x, s.dt, s.B, s.C)), A, skip)]
-    ys, _, _ = chunked(sequences, [0] * len(lengths), A, None, D=skip)
+    ys, _ = chunked(sequences, [0] * len(lengths), A, None, D=skip)
     got = torch.autograd.grad(sum((y * factor).sum() for y, factor in zip(ys, factors, strict=True)), leaves)
 
     exact = [double(t) for t in leaves]
@@ -229,10 +244,8 @@ def test_what_decays_at_once_stays_finite() -> None:
     inputs.dt.fill_(50.0)
     A = torch.full((H,), -16.0)
     leaves = [t.requires_grad_() for t in (inputs.x, inputs.dt, inputs.B, inputs.C)]
-    (got,), _, end = chunked([inputs], [0], A, None)
-    want, after = defined(inputs, A, torch.zeros(H, P, N))
-    assert_near(got.detach(), want.detach(), ROUNDING)
-    assert_near(end.detach()[0], after.detach(), ROUNDING)
+    (got,), _ = chunked([inputs], [0], A, None)
+    assert_near(got.detach(), defined(inputs, A, torch.zeros(H, P, N))[0].detach(), ROUNDING)
     exact = [double(t) for t in leaves]
     wanted = torch.autograd.grad(defined(Inputs(*exact), A, torch.zeros(H, P, N))[0].sum(), exact)
     for value, exact_value in zip(torch.autograd.grad(got.sum(), leaves), wanted, strict=True):
@@ -242,55 +255,79 @@ def test_what_decays_at_once_stays_finite() -> None:
 def test_bfloat16_inputs_are_computed_in_float32() -> None:
     A, inputs = decay_rates(), Inputs.random(200, seed=8)
     narrow = Inputs(inputs.x.bfloat16(), inputs.dt, inputs.B.bfloat16(), inputs.C.bfloat16())
-    (got,), _, _ = chunked([narrow], [0], A, None)
+    (got,), _ = chunked([narrow], [0], A, None)
     assert got.dtype == torch.float32
     assert_near(got, defined(narrow, A, torch.zeros(H, P, N))[0], ROUNDING)
 
 
-@pytest.mark.parametrize("name", ["x", "dt", "A", "B", "C", "boundary"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("form")
+def test_what_is_kept_are_the_inputs_of_the_chunk_at_hand(dtype: torch.dtype) -> None:
+    inputs = Inputs.random(200, seed=13).side_by_side().to(dtype)
+    x, B = torch.zeros(1, CHUNK, H * P, dtype=dtype), torch.zeros(1, G, N, CHUNK, dtype=dtype)
+    done = 0
+    for length in (1, 5, 57, 1, 1, 3, 100, 32):  # the fourth fills a chunk, the fifth begins one
+        segments = Segments((done,), (length,))
+        rows = inputs[done : done + length]
+        keep_inputs(torch.cat((rows, rows.new_full((segments.rows - length, rows.shape[1]), 9))), segments, x, B)
+        done += length
+        at = (done - 1) // CHUNK * CHUNK
+        want_x, want_B, _ = inputs[at:done].split([H * P, G * N, G * N], dim=1)
+        assert torch.equal(x[0, : done - at], want_x)
+        assert torch.equal(B[0].flatten(0, 1)[:, : done - at].T, want_B)
+        assert (x[0, done - at :] == 0).all()
+        assert (B[..., done - at :] == 0).all()
+
+
+def arguments(segments: Segments) -> dict[str, Tensor]:
+    shape = (segments.num_chunks, H, CHUNK)
+    inputs = torch.zeros(segments.rows, H * P + 2 * G * N)
+    return {"inputs": inputs, "dt": torch.zeros(shape), "a": torch.zeros(shape), "D": torch.zeros(H)}
+
+
+@pytest.mark.parametrize("name", ["inputs", "dt", "a", "D", "past.boundary"])
 @pytest.mark.usefixtures("form")
 def test_gradients_through_a_state_are_refused(name: str) -> None:
     segments = Segments((5,), (20,))
-    given = {
-        "x": torch.zeros(1, H, CHUNK, P),
-        "dt": torch.zeros(1, CHUNK, H),
-        "A": torch.zeros(H),
-        "B": torch.zeros(1, G, CHUNK, N),
-        "C": torch.zeros(1, G, segments.queries, N),
-        "boundary": torch.zeros(1, H, P, N),
-    }
-    ssd(**given, segments=segments)
-    given[name].requires_grad_()
-    with pytest.raises(ShapeError, match=r"^boundary: must be None where gradients are wanted"):
-        ssd(**given, segments=segments)
+    given, boundary = arguments(segments), torch.zeros(1, H, N, P)
+    past = Past(boundary, torch.zeros(1, CHUNK, H * P), torch.zeros(1, G, N, CHUNK))
+    ssd(**given, segments=segments, past=past, num_groups=G, state_size=N)
+    (given | {"past.boundary": boundary})[name].requires_grad_()
+    with pytest.raises(ShapeError, match=r"^past: must be None where gradients are wanted"):
+        ssd(**given, segments=segments, past=past, num_groups=G, state_size=N)
     with torch.no_grad():
-        ssd(**given, segments=segments)
+        ssd(**given, segments=segments, past=past, num_groups=G, state_size=N)
 
 
 @pytest.mark.parametrize(
     ("name", "shape", "dtype"),
     [
-        ("x", (1, H, CHUNK, P), torch.float32),
-        ("x", (2, H, CHUNK), torch.float32),
-        ("C", (2, 3, CHUNK, N), torch.float32),  # three groups of four heads
-        ("C", (2, G, CHUNK), torch.float32),
-        ("dt", (2, H, CHUNK), torch.float32),
-        ("dt", (2, CHUNK, H), torch.float64),
-        ("A", (H + 1,), torch.float32),
-        ("A", (H,), torch.bfloat16),
-        ("B", (2, CHUNK, G, N), torch.float32),
-        ("C", (2, G, CHUNK - 4, N), torch.float32),
+        ("inputs", (96, H * P + 2 * G * N), torch.float32),
+        ("inputs", (100, H * P + 2 * G * N + 1), torch.float32),
+        ("inputs", (100, 2 * G * N), torch.float32),
+        ("dt", (2, CHUNK, H), torch.float32),
+        ("dt", (2, H, CHUNK), torch.float64),
+        ("a", (1, H, CHUNK), torch.float32),
+        ("D", (H,), torch.bfloat16),
+        ("boundary", (1, H, P, N), torch.float32),
+        ("x", (1, CHUNK, H * P), torch.bfloat16),
+        ("B", (1, G, CHUNK, N), torch.float32),
     ],
 )
 def test_wrong_shapes_are_refused_by_name(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    arguments = {
-        "x": torch.zeros(2, H, CHUNK, P),
-        "dt": torch.zeros(2, CHUNK, H),
-        "A": torch.zeros(H),
-        "B": torch.zeros(2, G, CHUNK, N),
-        "C": torch.zeros(2, G, CHUNK, N),
-    }
-    ssd(**arguments, segments=Segments((0,), (100,)), boundary=None)
-    arguments[name] = torch.zeros(shape, dtype=dtype)
-    with pytest.raises(ShapeError, match=f"^{name}: must"):
-        ssd(**arguments, segments=Segments((0,), (100,)), boundary=None)
+    segments = Segments((0,), (100,))
+    given = arguments(segments)
+    past = {"boundary": torch.zeros(1, H, N, P), "x": torch.zeros(1, CHUNK, H * P), "B": torch.zeros(1, G, N, CHUNK)}
+    ssd(**given, segments=segments, past=Past(**past), num_groups=G, state_size=N)
+    (past if name in past else given)[name] = torch.zeros(shape, dtype=dtype)
+    with pytest.raises(ShapeError, match=f"^{'past.' if name in past else ''}{name}: must"):
+        ssd(**given, segments=segments, past=Past(**past), num_groups=G, state_size=N)
+
+
+def test_groups_that_do_not_divide_and_a_past_that_is_missing_are_refused() -> None:
+    segments = Segments((0,), (100,))
+    with pytest.raises(ShapeError, match=r"^num_groups: must divide the 4 heads of D; got 3"):
+        ssd(**arguments(segments), segments=segments, past=None, num_groups=3, state_size=N)
+    segments = Segments((7,), (100,))
+    with pytest.raises(ShapeError, match=r"^past: must hold what lies before the rows, which begin at 7; got None"):
+        ssd(**arguments(segments), segments=segments, past=None, num_groups=G, state_size=N)

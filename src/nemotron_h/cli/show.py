@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from nemotron_h.config.model import ModelConfig
 
 CONTEXTS = (1024, 65_536, 131_072, 1_048_576)
@@ -16,23 +18,16 @@ def show(
     model: Annotated[str, typer.Argument(metavar="PRESET|PATH", help="A preset's name, or a checkpoint folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show a model's layers, its parameters by kind, and its memory by context."""
-    from nemotron_h.config.cost import memory, parameters
-
+    """Show a model's layers, its parameters by kind, and what memory and work it needs by context."""
     config = model_config(model)
-    counts = parameters(config)
-    contexts = {tokens: memory(config, tokens) for tokens in CONTEXTS}
     if as_json:
-        values = {
-            "model": model,
-            "pattern": config.pattern,
-            "parameters": sum(counts.values()),
-            "parameters_by_kind": counts,
-            "bytes": {str(tokens): {**terms, "total": sum(terms.values())} for tokens, terms in contexts.items()},
-        }
-        print(json.dumps(values))
+        print(json.dumps({"model": model, **facts(config)}))
         return
-    draw(model, config, counts, contexts)
+    from rich.console import Console
+
+    console = Console()
+    for part in (*made_of(model, config), *needs(config)):
+        console.print(part, highlight=False)
 
 
 def model_config(model: str) -> "ModelConfig":
@@ -46,31 +41,91 @@ def model_config(model: str) -> "ModelConfig":
     return preset(model)
 
 
-def draw(model: str, config: "ModelConfig", counts: dict[str, int], contexts: dict[int, dict[str, int]]) -> None:
-    """The same on the terminal."""
-    from rich.console import Console
+def facts(config: "ModelConfig") -> dict[str, Any]:
+    """All that is shown and its parts, as JSON has it; contexts are strings, as its keys must be."""
+    from nemotron_h.config import cost
 
+    counts = cost.parameters(config)
+    return {
+        "pattern": config.pattern,
+        "parameters": sum(counts.values()),
+        "parameters_by_kind": counts,
+        "weight_bytes": {name: with_total(cost.weight_bytes(config, name)) for name in cost.WEIGHT_FORMATS},
+        "bytes": {
+            name: {str(tokens): with_total(cost.peak_bytes(config, tokens, weights=name)) for tokens in CONTEXTS}
+            for name in cost.WEIGHT_FORMATS
+        },
+        "token_flops": {
+            str(tokens): {
+                "prefill": with_total(cost.prefill_flops(config, tokens)),
+                "decode": with_total(cost.decode_flops(config, tokens)),
+                "training": with_total(cost.training_flops(config, tokens)),
+            }
+            for tokens in CONTEXTS
+        },
+    }
+
+
+def with_total(terms: dict[str, Any]) -> dict[str, Any]:
+    return {**terms, "total": sum(terms.values())}
+
+
+def made_of(model: str, config: "ModelConfig") -> list["RenderableType"]:
+    """A headline, the layers in order, and the parameters by kind."""
+    from nemotron_h.config.cost import parameters
     from nemotron_h.config.pattern import NAMES
     from nemotron_h.report.layers import layer_map
     from nemotron_h.report.table import table
+    from nemotron_h.report.units import format_count
+
+    counts = parameters(config)
+    total = sum(counts.values())
+    shares = [(kind, count, f"{100 * count / total:.1f} %") for kind, count in counts.items()]
+    return [
+        f"{model}: {format_count(total)} parameters ({total:,})",
+        f"{len(config.layers)} layers, hidden {config.hidden_size}, vocabulary {config.vocab_size:,}",
+        "",
+        layer_map(config.pattern, NAMES),
+        "",
+        table(shares, ["kind", "parameters", "share"]),
+    ]
+
+
+def needs(config: "ModelConfig") -> list["RenderableType"]:
+    """Memory by format of the weights and context, then what one sequence and one token are of it."""
+    from rich.text import Text
+
+    from nemotron_h.config import cost
+    from nemotron_h.report.table import table
     from nemotron_h.report.units import format_bytes, format_count
 
-    console = Console()
-    total = sum(counts.values())
-    console.print(
-        f"{model}: {format_count(total)} parameters ({total:,}), {len(config.layers)} layers, "
-        f"hidden {config.hidden_size}, vocabulary {config.vocab_size:,}",
-        highlight=False,
-    )
-    console.print()
-    console.print(layer_map(config.pattern, NAMES))
-    console.print()
-    shares = [(kind, count, f"{100 * count / total:.1f} %") for kind, count in counts.items()]
-    console.print(table(shares, ["kind", "parameters", "share"]))
-    terms = [
-        (f"{tokens:,}", *(format_bytes(size) for size in sizes.values()), format_bytes(sum(sizes.values())))
-        for tokens, sizes in contexts.items()
+    names = [f"{tokens:,}" for tokens in CONTEXTS]
+    memory = []
+    for weights in cost.WEIGHT_FORMATS:
+        alone = sum(cost.weight_bytes(config, weights).values())
+        totals = [sum(cost.peak_bytes(config, tokens, weights=weights).values()) for tokens in CONTEXTS]
+        memory.append((weights, *map(format_bytes, (alone, *totals))))
+    sequence = []
+    for tokens, name in zip(CONTEXTS, names, strict=True):
+        keys_values = cost.peak_bytes(config, tokens)["keys and values"]
+        work = [flops(config, tokens) for flops in (cost.prefill_flops, cost.decode_flops, cost.training_flops)]
+        sequence.append((name, format_bytes(keys_values), *(format_count(sum(kinds.values())) for kinds in work)))
+    state = {term: format_bytes(size) for term, size in cost.state_bytes(config).items() if size}
+    return [
+        "Memory of the weights alone, and with one sequence of so many tokens:",
+        table(memory, ["weights", "alone", *names]),
+        Text(
+            "fp8, int8 and int4 are of the layers' matrices (head: int8 in the last two),\n"
+            "the rest is bfloat16. nvfp4: 4.5 bits on everything. Step buffers: not counted.\n",
+            style="dim",
+        ),
+        "One sequence in bfloat16, and the FLOPs of one of its tokens:",
+        table(sequence, ["tokens", "keys and values", "read", "generate", "train"]),
+        Text(
+            "read: a token of a prompt, on average. generate: the next token.\n"
+            "train: forward and backward. B: a thousand million."
+            + ("\nState, however long the sequence:" if state else "")
+            + "".join(f"\n  {size} {term}" for term, size in state.items()),
+            style="dim",
+        ),
     ]
-    names = [*next(iter(contexts.values())), "together"]
-    console.print(table(terms, ["context", *names]))
-    console.print("one sequence, bfloat16, states float32; buffers of a step not counted", style="dim")

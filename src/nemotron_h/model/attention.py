@@ -4,10 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from nemotron_h.config.model import AttentionConfig
-from nemotron_h.grid import BLOCK
 from nemotron_h.model.linear import Linear
-from nemotron_h.model.state import AttentionState
-from nemotron_h.ops.attention import attention_blocks, attention_whole, rotate
+from nemotron_h.model.state import AttentionState, Paging
+from nemotron_h.ops.attention import attention_paged, attention_whole, rotate
 from nemotron_h.ops.segments import Segments
 from nemotron_h.ops.shapes import wants_gradient
 
@@ -24,9 +23,7 @@ class Attention(nn.Module):
         self.v_proj = Linear(hidden_size, keys, dtype=dtype, device=device)
         self.o_proj = Linear(queries, hidden_size, dtype=dtype, device=device)
 
-    def forward(
-        self, u: Tensor, segments: Segments, state: AttentionState | None, tables: list[list[int]] | None
-    ) -> Tensor:
+    def forward(self, u: Tensor, segments: Segments, state: AttentionState | None, paging: Paging) -> Tensor:
         config, rows = self.config, u.shape[0]
         q = self.q_proj(u).view(rows, config.num_heads, config.head_dim)
         k = self.k_proj(u).view(rows, config.num_kv_heads, config.head_dim)
@@ -37,9 +34,8 @@ class Attention(nn.Module):
         if wants_gradient(q, k, v):
             mixed = attention_whole(q, k, v, segments)
         else:
-            if state is None or tables is None:  # nothing to remember: pages for this call alone
-                counts = [-(-length // BLOCK) for length in segments.lengths]
-                tables = [list(range(sum(counts[:i]), sum(counts[: i + 1]))) for i in range(len(counts))]
-                state = AttentionState.zeros(config, sum(counts), u.dtype, u.device)
-            mixed = attention_blocks(q, segments, state.push(k, v, segments, tables))
+            if state is None:  # nothing to remember: pages for this call alone
+                state = AttentionState.zeros(config, int(paging.table.max()) + 1, u.dtype, u.device)
+            state.push(k, v, paging)
+            mixed = attention_paged(q, state.keys, state.values, segments, paging.table)
         return self.o_proj(mixed.reshape(rows, -1))  # type: ignore[no-any-return]

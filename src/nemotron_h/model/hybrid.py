@@ -16,7 +16,7 @@ from nemotron_h.model.attention import Attention
 from nemotron_h.model.linear import Linear, linear
 from nemotron_h.model.mamba import Gain, Mamba
 from nemotron_h.model.mlp import Mlp
-from nemotron_h.model.state import AttentionState, MambaState, State
+from nemotron_h.model.state import AttentionState, MambaState, Paging, State
 from nemotron_h.ops.norm import rms_norm
 from nemotron_h.ops.segments import Segments
 from nemotron_h.ops.shapes import wants_gradient
@@ -80,8 +80,9 @@ class Hybrid(nn.Module):
             if wants_gradient(*self.parameters()):
                 raise ShapeError("state: must be None where gradients are wanted; got a state; use torch.no_grad()")
             state.enter()
+        paging = Paging.of(state.tables, segments) if state is not None else Paging.alone(segments)
         for index, layer in enumerate(self.backbone.layers):
-            x = layer(x, segments, state.layers[index] if state is not None else None, state and state.tables)
+            x = layer(x, segments, state.layers[index] if state is not None else None, paging)
         if state is not None:
             state.advance(segments)
         return self.backbone.norm_f(x)  # type: ignore[no-any-return]
@@ -132,7 +133,7 @@ class Layer(nn.Module):
         x: Tensor,
         segments: Segments,
         state: MambaState | AttentionState | None,
-        tables: list[list[int]] | None,
+        paging: Paging,
     ) -> Tensor:
         u = self.norm(x)
         mixed: Tensor
@@ -140,7 +141,7 @@ class Layer(nn.Module):
             case Mamba() as mamba, MambaState() | None:
                 mixed = mamba(u, segments, state)
             case Attention() as attention, AttentionState() | None:
-                mixed = attention(u, segments, state, tables)
+                mixed = attention(u, segments, state, paging)
             case Mlp() as mlp, None:
                 mixed = mlp(u)
             case mixer, other:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from nemotron_h.config.model import MambaConfig
 from nemotron_h.model.linear import Linear
 from nemotron_h.model.state import MambaState
-from nemotron_h.ops.activation import softplus
 from nemotron_h.ops.conv import causal_conv
 from nemotron_h.ops.norm import gated_rms_norm
 from nemotron_h.ops.segments import Segments
 from nemotron_h.ops.ssd import ssd
+from nemotron_h.ops.steps import steps
 
 
 class Mamba(nn.Module):
@@ -40,31 +40,19 @@ class Mamba(nn.Module):
         self.out_proj = Linear(inner, hidden_size, dtype=dtype, device=device)
 
     def forward(self, u: Tensor, segments: Segments, state: MambaState | None) -> Tensor:
-        config, rows = self.config, u.shape[0]
-        h, p, g, n = config.num_heads, config.head_dim, config.num_groups, config.state_size
-        z, xbc, dt = self.in_proj(u).split([config.inner_size, config.conv_channels, h], dim=-1)
-
-        carried = state.conv if state is not None else None
+        config = self.config
+        z, xbc, raw = self.in_proj(u).split([config.inner_size, config.conv_channels, config.num_heads], dim=-1)
         weight, bias = self.conv1d.weight.to(u.dtype), self.conv1d.bias.to(u.dtype)
-        convolved = causal_conv(xbc, weight, bias, segments, carried)
-        x, B, C = convolved.split([config.inner_size, g * n, g * n], dim=-1)
-        x, B, C = x.view(rows, h, p), B.view(rows, g, n), C.view(rows, g, n)
-        dt = softplus(dt.float() + self.dt_bias).clamp(*config.time_step_limit)
-
-        if state is None:
-            chunks = segments.spread(x).transpose(1, 2), segments.spread(dt), segments.spread(B).transpose(1, 2)
-            boundary = None
-        else:
-            state.push_conv(xbc, segments)
-            chunks = state.push_inputs(x, dt, B, segments)
-            boundary = state.boundary
-        queries = segments.spread_queries(C).transpose(1, 2)  # (c, g, m, n)
-        xs, dts, Bs = chunks
-        y, moved = ssd(xs, dts, -torch.exp(self.A_log), Bs, queries, segments, boundary, D=self.D)
+        convolved = causal_conv(xbc, weight, bias, segments, state.conv if state is not None else None)
+        A, limit = -torch.exp(self.A_log), config.time_step_limit
+        dt, a = steps(raw, self.dt_bias, A, limit, segments, state.dt if state is not None else None)
+        y, boundary = ssd(
+            convolved, dt, a, self.D, segments, state.past if state is not None else None,
+            num_groups=config.num_groups, state_size=config.state_size,
+        )  # fmt: skip
         if state is not None:
-            state.move_on(moved)
-        y = segments.collect_queries(y.transpose(1, 2)).reshape(rows, config.inner_size)
-        normed = gated_rms_norm(y, z, self.norm.weight.to(u.dtype), g, self.epsilon)
+            state.push(xbc, convolved, dt, boundary, segments)
+        normed = gated_rms_norm(y, z, self.norm.weight.to(u.dtype), config.num_groups, self.epsilon)
         return self.out_proj(normed)  # type: ignore[no-any-return]
 
 

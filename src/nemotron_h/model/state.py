@@ -17,20 +17,20 @@ from torch import Tensor
 from nemotron_h.config.model import AttentionConfig, MambaConfig, ModelConfig
 from nemotron_h.errors import ShapeError
 from nemotron_h.grid import BLOCK, CHUNK
-from nemotron_h.ops.attention import Blocks
-from nemotron_h.ops.conv import last_inputs
+from nemotron_h.ops.conv import keep_last
 from nemotron_h.ops.segments import Segments
+from nemotron_h.ops.ssd import Past, keep_inputs
 
 
 @dataclass(slots=True)
 class MambaState:
-    """What one Mamba layer remembers of b sequences."""
+    """What one Mamba layer remembers of b sequences. The recurrent state and B stand turned, as products read them."""
 
     conv: Tensor  # (b, kernel - 1, channels), model dtype, newest last
-    boundary: Tensor  # (b, h, p, n), float32, at the beginning of the chunk at hand
-    x: Tensor  # (b, h, CHUNK, p), model dtype, inputs of the chunk at hand
-    dt: Tensor  # (b, CHUNK, h), float32, after softplus
-    B: Tensor  # (b, g, CHUNK, n), model dtype
+    boundary: Tensor  # (b, h, n, p), float32, at the beginning of the chunk at hand
+    x: Tensor  # (b, CHUNK, h p), model dtype, inputs of the chunk at hand
+    dt: Tensor  # (b, h, CHUNK), float32, after softplus
+    B: Tensor  # (b, g, n, CHUNK), model dtype
 
     @classmethod
     def zeros(cls, config: MambaConfig, batch: int, dtype: torch.dtype, device: torch.device) -> Self:
@@ -41,71 +41,72 @@ class MambaState:
 
         return cls(
             conv=zeros(config.conv_kernel - 1, config.conv_channels),
-            boundary=zeros(h, p, n, dtype=torch.float32),
-            x=zeros(h, CHUNK, p),
-            dt=zeros(CHUNK, h, dtype=torch.float32),
-            B=zeros(g, CHUNK, n),
+            boundary=zeros(h, n, p, dtype=torch.float32),
+            x=zeros(CHUNK, h * p),
+            dt=zeros(h, CHUNK, dtype=torch.float32),
+            B=zeros(g, n, CHUNK),
         )
 
-    def push_conv(self, inputs: Tensor, segments: Segments) -> None:
-        """Remember the newest conv inputs: inputs (rows, channels)."""
-        self.conv.copy_(last_inputs(inputs, segments, self.conv))
+    @property
+    def past(self) -> Past:
+        """What the scan reads of it."""
+        return Past(self.boundary, self.x, self.B)
 
-    def push_inputs(self, x: Tensor, dt: Tensor, B: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
-        """Write new rows x (rows, h, p), dt (rows, h), B (rows, g, n) to the chunk at hand.
-
-        Returns: the chunks of the call, (c, h, CHUNK, p), (c, CHUNK, h), (c, g, CHUNK, n), carried inputs included.
-        """
-        if max(segments.chunks) == 1:  # nothing moves on: the chunks of the call are the chunks at hand
-            device, tokens = x.device, segments.tokens
-            owner, place = (segments.places // CHUNK).to(device), (segments.places % CHUNK).to(device)
-            self.x[owner, :, place] = x[:tokens]
-            self.dt[owner, place] = dt[:tokens]
-            self.B[owner, :, place] = B[:tokens]
-            return self.x, self.dt, self.B
-        chunks = (
-            segments.spread(x).transpose(1, 2).contiguous(),
-            segments.spread(dt).contiguous(),
-            segments.spread(B).transpose(1, 2).contiguous(),
-        )
-        for index, (first, count, carried) in enumerate(
-            zip(segments.chunk_begins, segments.chunks, segments.carried, strict=True)
-        ):
-            for chunk, kept, places in zip(chunks, (self.x, self.dt, self.B), (1, 0, 1), strict=True):
-                old, new = kept[index], chunk[first]
-                new.narrow(places, 0, carried).copy_(old.narrow(places, 0, carried))
-                old.copy_(chunk[first + count - 1])
-        return chunks
-
-    def move_on(self, boundary: Tensor | None) -> None:
-        """Remember the state at the beginning of the chunk at hand; None: it has not moved."""
+    def push(self, xbc: Tensor, convolved: Tensor, dt: Tensor, boundary: Tensor | None, segments: Segments) -> None:
+        """Remember a call: xbc and convolved (rows, channels), the conv's inputs and outputs; dt (c, h, CHUNK) of its
+        chunks; the state at the beginning of the chunk at hand, None where it has not moved."""
+        keep_last(xbc, segments, self.conv)
+        keep_inputs(convolved, segments, self.x, self.B)
+        self.dt.copy_(dt if segments.num_chunks == len(segments) else dt[segments.chunk_runs.sum(1) - 1])
         if boundary is not None:
             self.boundary.copy_(boundary)
+
+
+@dataclass(frozen=True, slots=True)
+class Paging:
+    """Where the sequences of a call have their keys and values, and where its new rows go: the same in every layer."""
+
+    table: Tensor  # (s, blocks) int64, the pages of each sequence in order, 0 beyond its last
+    pages: Tensor  # (tokens,) int64, the page of each new row
+    places: Tensor  # (tokens,) int64, and its place there
+
+    @classmethod
+    def of(cls, tables: Sequence[Sequence[int]], segments: Segments) -> Self:
+        widest = max(len(table) for table in tables)
+        table = torch.tensor([[*table, *[0] * (widest - len(table))] for table in tables], dtype=torch.int64)
+        positions = segments.positions(torch.device("cpu"))[: segments.tokens]
+        owners = segments.owners[: segments.tokens]
+        return cls(table, table[owners, positions // BLOCK], positions % BLOCK)
+
+    @classmethod
+    def alone(cls, segments: Segments) -> Self:
+        """Of a call whose sequences begin in it and are not remembered: pages in the order of sequences."""
+        tables, used = [], 0
+        for length in segments.lengths:
+            count = -(-length // BLOCK)
+            tables.append(range(used, used + count))
+            used += count
+        return cls.of(tables, segments)
 
 
 @dataclass(slots=True)
 class AttentionState:
     """Keys and values of one attention layer, in pages that any sequence's table may point to."""
 
-    keys: Tensor  # (pages, k, BLOCK, d), model dtype
+    keys: Tensor  # (pages, k, d, BLOCK), model dtype, turned: a query's product with a block reads it row by row
     values: Tensor  # (pages, k, BLOCK, d), model dtype
 
     @classmethod
     def zeros(cls, config: AttentionConfig, pages: int, dtype: torch.dtype, device: torch.device) -> Self:
-        shape = (pages, config.num_kv_heads, BLOCK, config.head_dim)
-        return cls(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
+        k, d = config.num_kv_heads, config.head_dim
+        shapes = (pages, k, d, BLOCK), (pages, k, BLOCK, d)
+        return cls(*(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes))
 
-    def push(self, k: Tensor, v: Tensor, segments: Segments, tables: Sequence[Sequence[int]]) -> list[Blocks]:
-        """Write new rows k and v (rows, kv, d) to their pages. Returns each sequence's blocks, first to last."""
-        positions = segments.positions(torch.device("cpu"))[: segments.tokens]
-        owners = torch.arange(len(segments)).repeat_interleave(torch.tensor(segments.lengths))
-        widest = max(len(table) for table in tables)
-        table = torch.tensor([[*table, *[0] * (widest - len(table))] for table in tables])
-        pages = table[owners, positions // BLOCK].to(k.device)
-        places = (positions % BLOCK).to(k.device)
-        self.keys[pages, :, places] = k[: segments.tokens]
-        self.values[pages, :, places] = v[: segments.tokens]
-        return [[(self.keys[page], self.values[page]) for page in table] for table in tables]
+    def push(self, k: Tensor, v: Tensor, paging: Paging) -> None:
+        """Write new rows k and v (rows, kv, d) to their pages."""
+        pages, places = paging.pages.to(k.device), paging.places.to(k.device)
+        self.keys[pages, :, :, places] = k[: len(pages)]
+        self.values[pages, :, places] = v[: len(pages)]
 
     def grow(self, pages: int) -> None:
         """Append pages of zeros."""

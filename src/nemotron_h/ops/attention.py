@@ -4,25 +4,25 @@
 
 Letters: rows as in `segments.py`, f query heads, k key-value heads, d head width.
 
-Blocks: a sequence's keys stand in blocks of BLOCK on its own grid, zeros beyond the last one. A query meets each block
-in one product, the last block at full size under a mask, and the partial results are merged in the blocks' order by
-their log-sum-exps. Query heads that share a key head are folded into the query's length and padded to a multiple of
-ROWS. So a query's bits depend on its place alone.
+Pages: a sequence's keys and values stand in blocks of BLOCK tokens on its own grid, anywhere in a pool; a table says
+where.
+Keys stand turned, (d, BLOCK), as the product of one query reads them. A query meets its blocks in order under a
+running softmax, so its bits depend on its place alone, with s_j = q . k_j / sqrt(d):
+    top' = max(top, max_j s_j)      sum' = sum e^(top - top') + sum_j e^(s_j - top')      out' likewise
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nemotron_h.errors import ShapeError
-from nemotron_h.grid import BLOCK, ROWS, round_up
+from nemotron_h.grid import BLOCK, DEPTH, ROWS, round_up
+from nemotron_h.ops.jit import attention as jit
+from nemotron_h.ops.jit.scalars import array, runs
 from nemotron_h.ops.segments import Segments
 from nemotron_h.ops.shapes import expect, wants_gradient
-
-Blocks = Sequence[tuple[Tensor, Tensor]]  # of one sequence: keys (k, BLOCK, d) and values (k, BLOCK, d), in order
 
 
 def attention_definition(q: Tensor, k: Tensor, v: Tensor, start: int = 0) -> Tensor:
@@ -37,8 +37,7 @@ def attention_definition(q: Tensor, k: Tensor, v: Tensor, start: int = 0) -> Ten
 def attention_whole(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """Each segment by itself from its first token on, differentiable: q (rows, f, d), k and v (rows, kv, d).
 
-    The block form cannot be trained through: the CPU operator's log-sum-exp has no gradient, and merging by it under
-    autograd would give wrong gradients in silence.
+    Its bits are not those of `attention_paged`: training computes all of a sequence at once.
     """
     group = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
@@ -58,68 +57,68 @@ def _causal_call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
-def attention_blocks(q: Tensor, segments: Segments, blocks: Sequence[Blocks]) -> Tensor:
-    """Queries q (rows, f, d) of each segment against its sequence's blocks, which hold the new keys already.
+def attention_paged(q: Tensor, keys: Tensor, values: Tensor, segments: Segments, table: Tensor) -> Tensor:
+    """Queries of each segment against its sequence's pages, which hold the new keys already. No gradient.
 
-    Returns (rows, f, d) in q's dtype, zeros for padding. No gradient.
+    q (rows, f, d); keys (pages, k, d, BLOCK), values (pages, k, BLOCK, d) in q's dtype; table (s, blocks) int64: the
+    pages of each sequence, in order. Returns (rows, f, d) in q's dtype, zeros for padding.
+    Raises: ShapeError, naming the argument.
     """
-    if wants_gradient(q):
-        raise ShapeError("q: must not want a gradient, which blocks do not have; use attention_whole")
+    rows, heads, width = q.shape
+    kv_heads = keys.shape[1]
+    if heads % kv_heads:
+        raise ShapeError(f"keys: must have heads that divide the {heads} of q; got {kv_heads}")
+    expect(keys, "keys", (len(keys), kv_heads, width, BLOCK), q.dtype)
+    expect(values, "values", (len(keys), kv_heads, BLOCK, width), q.dtype)
+    expect(q, "q", (segments.rows, heads, width))
+    if wants_gradient(q, keys, values):
+        raise ShapeError("q: must not want a gradient, which pages do not have; use attention_whole")
+    if not runs(q):
+        return attention_paged_torch(q, keys, values, segments, table)
+    out = q.new_zeros(rows, heads * width) if rows > segments.tokens else q.new_empty(rows, heads * width)
+    pieces = segments.pieces
+    jit.attend(
+        len(pieces[0]) * kv_heads, array(q.reshape(rows, heads * width)), array(keys.view(-1, BLOCK)),
+        array(values.view(-1, width)), array(table), *pieces, kv_heads, array(out),
+    )  # fmt: skip
+    return out.view(rows, heads, width)
+
+
+def attention_paged_torch(q: Tensor, keys: Tensor, values: Tensor, segments: Segments, table: Tensor) -> Tensor:
+    """The same in torch: where there is no kernel, and beside the kernel in tests."""
     out = torch.zeros_like(q)
-    for start, begin, length, own in zip(segments.starts, segments.begins, segments.lengths, blocks, strict=True):
-        done = 0
-        while done < length:  # the piece of the segment that ends in one block
-            block, first = divmod(start + done, BLOCK)
-            count = min(length - done, BLOCK - first)
-            rows = slice(begin + done, begin + done + count)
-            out[rows] = _attend(q[rows], own[: block + 1], first)
-            done += count
+    for owner, row, count, first in zip(*(t.tolist() for t in segments.pieces), strict=True):
+        out[row : row + count] = _attend(q[row : row + count], keys, values, table[owner].tolist(), first)
     return out
 
 
-def _attend(q: Tensor, blocks: Blocks, first: int) -> Tensor:
-    """q (l, f, d) at places first.. of the last block."""
+def _attend(q: Tensor, keys: Tensor, values: Tensor, pages: list[int], first: int) -> Tensor:
+    """q (l, f, d) at places first.., all in one block."""
     length, heads, width = q.shape
-    kv_heads = blocks[0][0].shape[0]
+    kv_heads = keys.shape[1]
     group = heads // kv_heads
-    expect(blocks[-1][0], "keys of a block", (kv_heads, BLOCK, width), q.dtype)
-    folded = q.view(length, kv_heads, group, width).permute(1, 2, 0, 3).reshape(1, kv_heads, group * length, width)
-    later = torch.arange(BLOCK, device=q.device) > torch.arange(first, first + length, device=q.device)[:, None]
-    mask = torch.zeros(length, BLOCK, dtype=q.dtype, device=q.device).masked_fill_(later, -torch.inf)
+    folded = q.float().view(length, kv_heads, group, width).permute(1, 2, 0, 3).reshape(kv_heads, group * length, width)
     spare = round_up(group * length, ROWS) - group * length
-    folded = F.pad(folded, (0, 0, 0, spare))
-    mask = F.pad(mask.repeat(group, 1), (0, 0, 0, spare))[None, None]
-    out, total = None, None
-    for keys, values in blocks[:-1]:
-        out, total = _merged(out, total, *_block_call(folded, keys[None], values[None], None))
-    keys, values = blocks[-1]
-    out, total = _merged(out, total, *_block_call(folded, keys[None], values[None], mask))
-    attended = out[0, :, : group * length].view(kv_heads, group, length, width)
+    # one head alone is multiplied by several threads at once, with other bits: it gets company
+    company = 2 if kv_heads == 1 else 1
+    folded = F.pad(folded / math.sqrt(width), (0, -width % DEPTH, 0, spare)).repeat(company, 1, 1)
+    last, place = divmod(first, BLOCK)
+    later = torch.arange(BLOCK, device=q.device) > torch.arange(place, place + length, device=q.device)[:, None]
+    later = F.pad(later.repeat(group, 1), (0, 0, 0, spare))
+    top = folded.new_full((*folded.shape[:2], 1), -torch.inf)
+    total, out = torch.zeros_like(top), torch.zeros_like(folded)
+    for block in range(last + 1):
+        page_keys = F.pad(keys[pages[block]].float(), (0, 0, 0, -width % DEPTH)).repeat(company, 1, 1)
+        scores = torch.bmm(folded, page_keys)
+        if block == last:
+            scores = scores.masked_fill(later, -torch.inf)
+        before, top = top, torch.maximum(top, scores.amax(-1, keepdim=True))
+        weights, gain = (scores - top).exp_(), (before - top).exp_()
+        total = total * gain + weights.sum(-1, keepdim=True)
+        page_values = F.pad(values[pages[block]].float(), (0, -width % DEPTH)).repeat(company, 1, 1)
+        out = out * gain + torch.bmm(weights, page_values)
+    attended = (out / total)[:kv_heads, : group * length, :width].reshape(kv_heads, group, length, width)
     return attended.permute(2, 0, 1, 3).reshape(length, heads, width).to(q.dtype)
-
-
-def _block_call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One block: the output and the log-sum-exp (1, heads, l) of each query, both float32."""
-    heads = q.shape[1]
-    if q.device.type == "cpu":
-        if heads == 1:  # one head alone is multiplied by several threads at once, with other bits: give it company
-            q, k, v = (t.expand(-1, 2, -1, -1) for t in (q, k, v))
-        out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask)
-        return out[:, :heads].float(), total[:, :heads]
-    scores = (q.float() @ k.float().transpose(-1, -2)) / math.sqrt(q.shape[-1])
-    if mask is not None:
-        scores = scores + mask.float()
-    return scores.softmax(-1) @ v.float(), scores.logsumexp(-1)
-
-
-def _merged(out: Tensor | None, total: Tensor | None, more: Tensor, more_total: Tensor) -> tuple[Tensor, Tensor]:
-    """The softmax over two sets of keys from the softmax over each."""
-    if out is None or total is None:
-        return more, more_total
-    top = torch.maximum(total, more_total)
-    weight, more_weight = (total - top).exp_(), (more_total - top).exp_()
-    both = weight + more_weight
-    return out * (weight / both)[..., None] + more * (more_weight / both)[..., None], top + both.log()
 
 
 def rotate(x: Tensor, positions: Tensor, base: float, width: int) -> Tensor:

@@ -7,13 +7,14 @@ A segment's first outputs read the last inputs of its own sequence, zeros where 
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nemotron_h.errors import ShapeError
 from nemotron_h.ops.activation import silu
 from nemotron_h.ops.jit import conv as jit
-from nemotron_h.ops.jit.scalars import STRIDE, array, runs
+from nemotron_h.ops.jit.scalars import STRIDE, array, lines, runs
 from nemotron_h.ops.segments import Segments
 from nemotron_h.ops.shapes import expect, first_order, wants_gradient
 
@@ -33,9 +34,11 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, segments: Segments, car
         expect(carried, "carried", (len(segments), kernel - 1, channels), x.dtype)
         if wants_gradient(x, weight, bias, carried):
             raise ShapeError("carried: must be None where gradients are wanted; training passes no state")
-    if runs(x):
-        return _CausalConv.apply(x, weight, bias, segments, carried)  # type: ignore[no-any-return,no-untyped-call]
-    return causal_conv_torch(x, weight, bias, segments, carried)
+    if not runs(x):
+        return causal_conv_torch(x, weight, bias, segments, carried)
+    if wants_gradient(x, weight, bias):
+        return _CausalConv.apply(x, weight, bias, segments)  # type: ignore[no-any-return,no-untyped-call]
+    return _causal_conv(x, weight, bias, segments, carried)
 
 
 def causal_conv_torch(x: Tensor, weight: Tensor, bias: Tensor, segments: Segments, carried: Tensor | None) -> Tensor:
@@ -54,49 +57,52 @@ def causal_conv_torch(x: Tensor, weight: Tensor, bias: Tensor, segments: Segment
     return torch.where(real, silu(total), 0).to(x.dtype)
 
 
+def _causal_conv(x: Tensor, weight: Tensor, bias: Tensor, segments: Segments, carried: Tensor | None) -> Tensor:
+    if carried is None:
+        carried = x.new_zeros(len(segments), weight.shape[-1] - 1, x.shape[1])
+    out = torch.empty(x.shape, dtype=x.dtype)
+    owner, place = segments.owners.numpy(), segments.offsets.numpy()
+    jit.forward(len(x), *lines(x), array(carried.flatten(0, 1)), owner, place, *_taps(weight, bias), array(out))
+    return out
+
+
+def _taps(weight: Tensor, bias: Tensor) -> tuple[Any, Any]:
+    """As the kernels read them: (kernel, channels) and (channels), float32."""
+    return array(weight[:, 0].T.float().contiguous()), array(bias.float().contiguous())
+
+
 class _CausalConv(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, segments: Segments, carried: Tensor | None
-    ) -> Tensor:
-        x = x.contiguous()
-        taps, gain = weight[:, 0].T.float().contiguous(), bias.float().contiguous()
-        before = (
-            carried.flatten(0, 1).contiguous()
-            if carried is not None
-            else x.new_zeros(len(segments) * (len(taps) - 1), x.shape[1])
-        )
-        out = torch.empty_like(x)
-        owner, place = segments.owners.numpy(), segments.offsets.numpy()
-        jit.forward(len(x), array(x), array(before), owner, place, array(taps), array(gain), array(out))
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, segments: Segments) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         ctx.segments = segments
-        return out
+        return _causal_conv(x, weight, bias, segments, None)
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, bias = ctx.saved_tensors
-        taps, gain = weight[:, 0].T.float().contiguous(), bias.float().contiguous()
-        grad_x = torch.empty_like(x)
+        taps, gain = _taps(weight, bias)
+        grad_x = torch.empty(x.shape, dtype=x.dtype)
         partial = torch.zeros(-(-len(x) // STRIDE), len(taps) + 1, x.shape[1])
         place = ctx.segments.offsets.numpy()
         jit.backward(
-            len(partial), array(x), place, array(taps), array(gain), array(grad.contiguous()), array(grad_x),
-            array(partial),
-        )  # fmt: skip
+            len(partial), *lines(x), place, taps, gain, array(grad.contiguous()), array(grad_x), array(partial)
+        )
         sums = partial.double().sum(0)  # (kernel + 1, channels)
-        return grad_x, sums[:-1].T[:, None].to(weight.dtype), sums[-1].to(bias.dtype), None, None
+        return grad_x, sums[:-1].T[:, None].to(weight.dtype), sums[-1].to(bias.dtype), None
 
 
-def last_inputs(x: Tensor, segments: Segments, carried: Tensor) -> Tensor:
-    """What the next call must be given as carried: the last kernel - 1 inputs of each segment, newest last."""
+def keep_last(x: Tensor, segments: Segments, carried: Tensor) -> None:
+    """Overwrite carried with what the next call must be given: the last kernel - 1 inputs of each segment."""
+    if runs(x, carried):
+        begins, lengths = (np.array(t) for t in (segments.begins, segments.lengths))
+        jit.keep_last(len(segments), *lines(x), begins, lengths, array(carried))
+        return
     reach = carried.shape[1]
-    kept = []
     for index, (begin, length) in enumerate(zip(segments.begins, segments.lengths, strict=True)):
         new = x[begin + max(0, length - reach) : begin + length]
-        kept.append(torch.cat((carried[index, len(new) :], new)))
-    return torch.stack(kept)
+        carried[index] = torch.cat((carried[index, len(new) :], new))
 
 
 def conv_definition(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor) -> Tensor:

@@ -16,17 +16,19 @@ from torch import Tensor
 from nemotron_h.errors import ShapeError
 from nemotron_h.ops.activation import silu
 from nemotron_h.ops.jit import norm as jit
-from nemotron_h.ops.jit.scalars import STRIDE, array, f, runs
-from nemotron_h.ops.shapes import expect, first_order
+from nemotron_h.ops.jit.scalars import STRIDE, array, f, lines, runs
+from nemotron_h.ops.shapes import expect, first_order, wants_gradient
 
 
 def rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
     """x (rows, d) any float, gain (d). Returns x's dtype; computed in float32."""
     expect(gain, "gain", tuple(x.shape[-1:]))
     expect(x, "x", (len(x), len(gain)))
-    if runs(x):
+    if not runs(x):
+        return rms_norm_torch(x, gain, epsilon)
+    if wants_gradient(x, gain):
         return _RmsNorm.apply(x, gain, epsilon)  # type: ignore[no-any-return,no-untyped-call]
-    return rms_norm_torch(x, gain, epsilon)
+    return _rms_norm(x, gain, epsilon)
 
 
 def rms_norm_torch(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
@@ -41,9 +43,11 @@ def gated_rms_norm(y: Tensor, z: Tensor, gain: Tensor, num_groups: int, epsilon:
     expect(z, "z", (len(z), len(gain)))
     if num_groups < 1 or gain.shape[0] % num_groups:
         raise ShapeError(f"num_groups: must divide the {gain.shape[0]} channels; got {num_groups}")
-    if runs(y, z):
+    if not runs(y, z):
+        return gated_rms_norm_torch(y, z, gain, num_groups, epsilon)
+    if wants_gradient(y, z, gain):
         return _GatedRmsNorm.apply(y, z, gain, num_groups, epsilon)  # type: ignore[no-any-return,no-untyped-call]
-    return gated_rms_norm_torch(y, z, gain, num_groups, epsilon)
+    return _gated_rms_norm(y, z, gain, num_groups, epsilon)
 
 
 def gated_rms_norm_torch(y: Tensor, z: Tensor, gain: Tensor, num_groups: int, epsilon: float) -> Tensor:
@@ -54,14 +58,19 @@ def gated_rms_norm_torch(y: Tensor, z: Tensor, gain: Tensor, num_groups: int, ep
     return (normed * gain.float()).to(z.dtype)
 
 
+def _rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype)
+    jit.forward(len(x), array(x.contiguous()), array(gain.float()), f(epsilon), array(out))
+    return out
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
-        x, out = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
-        jit.forward(len(x), array(x), array(gain.float()), f(epsilon), array(out))
+        x = x.contiguous()
         ctx.save_for_backward(x, gain)
         ctx.epsilon = epsilon
-        return out
+        return _rms_norm(x, gain, epsilon)
 
     @staticmethod
     @first_order
@@ -75,23 +84,28 @@ class _RmsNorm(torch.autograd.Function):
         return grad_x, partial.double().sum(0).to(gain.dtype), None
 
 
+def _gated_rms_norm(y: Tensor, z: Tensor, gain: Tensor, num_groups: int, epsilon: float) -> Tensor:
+    out = torch.empty(z.shape, dtype=z.dtype)
+    jit.gated_forward(len(y), array(y.contiguous()), *lines(z), array(gain.float()), num_groups, f(epsilon), array(out))
+    return out
+
+
 class _GatedRmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, z: Tensor, gain: Tensor, num_groups: int, epsilon: float) -> Tensor:
-        y, z, out = y.contiguous(), z.contiguous(), torch.empty(z.shape, dtype=z.dtype)
-        jit.gated_forward(len(y), array(y), array(z), array(gain.float()), num_groups, f(epsilon), array(out))
+        y = y.contiguous()
         ctx.save_for_backward(y, z, gain)
         ctx.settings = num_groups, epsilon
-        return out
+        return _gated_rms_norm(y, z, gain, num_groups, epsilon)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         y, z, gain = ctx.saved_tensors
         num_groups, epsilon = ctx.settings
-        grad_y, grad_z, partial = torch.empty_like(y), torch.empty_like(z), _parts(y)
+        grad_y, grad_z, partial = torch.empty_like(y), torch.empty(z.shape, dtype=z.dtype), _parts(y)
         jit.gated_backward(
-            len(partial), array(y), array(z), array(gain.float()), num_groups, f(epsilon), array(grad.contiguous()),
+            len(partial), array(y), *lines(z), array(gain.float()), num_groups, f(epsilon), array(grad.contiguous()),
             array(grad_y), array(grad_z), array(partial),
         )  # fmt: skip
         return grad_y, grad_z, partial.double().sum(0).to(gain.dtype), None, None

@@ -14,13 +14,17 @@ segments, so packed equals alone and cut equals whole by construction.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from itertools import pairwise
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nemotron_h.errors import ShapeError
 from nemotron_h.grid import CHUNK, ROWS, round_up
+
+PIECE = 32  # rows of one task of attention: it divides BLOCK, so that a piece lies in one block
 
 
 @dataclass(frozen=True)
@@ -118,37 +122,19 @@ class Segments:
         )
 
     @cached_property
-    def query_counts(self) -> Tensor:
-        """(num_chunks,) int64: new rows of each chunk."""
-        return torch.bincount(self.places // CHUNK, minlength=self.num_chunks)
+    def grid(self) -> tuple[Any, Any, Any, Any]:
+        """Of each chunk, as int64 arrays of numpy: its segment, the place of its first new row, how many new rows it
+        has, and the first of them in the call."""
+        begins = np.zeros(self.num_chunks, dtype=np.int64)
+        begins[np.array(self.chunk_begins)] = self.carried
+        counts = torch.bincount(self.places // CHUNK, minlength=self.num_chunks).numpy()
+        owners = np.arange(len(self)).repeat(self.chunks)
+        return owners, begins, counts, counts.cumsum() - counts
 
     @cached_property
-    def queries(self) -> int:
-        """Places of a chunk for which outputs are computed: CHUNK, or fewer when no chunk has more new rows."""
-        return min(CHUNK, round_up(int(self.query_counts.max()), ROWS))
-
-    @cached_property
-    def query_begins(self) -> Tensor:
-        """(num_chunks,) int64: the place of each chunk's first query."""
-        return self.new_begins if self.queries < CHUNK else torch.zeros_like(self.new_begins)
-
-    @cached_property
-    def new_begins(self) -> Tensor:
-        """(num_chunks,) int64: the place of each chunk's first new row."""
-        begins = torch.zeros(self.num_chunks, dtype=torch.int64)
-        begins[torch.tensor(self.chunk_begins)] = torch.tensor(self.carried).clamp(max=CHUNK - 1)
-        return begins
-
-    @cached_property
-    def query_places(self) -> Tensor:
-        """(num_chunks, queries) int64: the place in its chunk of each query. Spare queries repeat the last place."""
-        return (self.query_begins[:, None] + torch.arange(self.queries)).clamp(max=CHUNK - 1)
-
-    @cached_property
-    def query_of_row(self) -> Tensor:
-        """(tokens,) int64: where each row stands among num_chunks * queries."""
-        chunk, place = self.places // CHUNK, self.places % CHUNK
-        return chunk * self.queries + place - self.query_begins[chunk]
+    def chunk_runs(self) -> Any:
+        """(segments, 2) int64, an array of numpy: each segment's first chunk, and how many."""
+        return np.array((self.chunk_begins, self.chunks)).T.copy()
 
     @cached_property
     def owners(self) -> Tensor:
@@ -170,6 +156,16 @@ class Segments:
         for start, begin, length in zip(self.starts, self.begins, self.lengths, strict=True):
             positions[begin : begin + length] = torch.arange(start, start + length)
         return positions.to(device)
+
+    @cached_property
+    def pieces(self) -> tuple[Any, Any, Any, Any]:
+        """Runs of rows between multiples of PIECE of their sequence, as int64 arrays of numpy: each one's segment,
+        first row, length, and the place of its first row in the sequence."""
+        found = []
+        for index, (start, begin, length) in enumerate(zip(self.starts, self.begins, self.lengths, strict=True)):
+            edges = [start, *range(round_up(start + 1, PIECE), start + length, PIECE), start + length]
+            found += [(index, begin + a - start, b - a, a) for a, b in pairwise(edges)]
+        return tuple(np.array(column) for column in zip(*found, strict=True))  # type: ignore[return-value]
 
     def taps(self, kernel: int) -> Tensor:
         """(kernel, rows) int64: which rows of [carried (segments * (kernel - 1)) | rows] each conv output reads."""
@@ -195,18 +191,22 @@ class Segments:
         flat = values.new_zeros(self.num_chunks * CHUNK, *values.shape[1:])
         return flat.index_copy(0, self.places.to(values.device), values[: self.tokens]).view(shape)
 
-    def spread_queries(self, values: Tensor) -> Tensor:
-        """Rows (rows, ...) to (num_chunks, queries, ...), zeros for spare queries."""
-        shape = (self.num_chunks, self.queries, *values.shape[1:])
-        if self.even:
-            return values.view(shape)
-        flat = values.new_zeros(self.num_chunks * self.queries, *values.shape[1:])
-        return flat.index_copy(0, self.query_of_row.to(values.device), values[: self.tokens]).view(shape)
-
-    def collect_queries(self, values: Tensor) -> Tensor:
-        """(num_chunks, queries, ...) back to rows (rows, ...), zeros for padding."""
-        flat = values.reshape(self.num_chunks * self.queries, *values.shape[2:])
+    def collect(self, values: Tensor) -> Tensor:
+        """Chunks (num_chunks, CHUNK, ...) back to rows (rows, ...), zeros for padding."""
+        flat = values.reshape(self.num_chunks * CHUNK, *values.shape[2:])
         if self.even:
             return flat
-        picked = flat.index_select(0, self.query_of_row.to(values.device))
+        picked = flat.index_select(0, self.places.to(values.device))
         return torch.cat((picked, picked.new_zeros(self.rows - self.tokens, *picked.shape[1:])))
+
+    def after_kept(self, chunks: Tensor, kept: Tensor | None, dim: int) -> Tensor:
+        """Chunks with what each segment's chunk at hand already held put before its new places.
+
+        chunks (num_chunks, ...), kept (segments, ...), places along dim in both; None: nothing was held.
+        """
+        if kept is None:
+            return chunks
+        chunks = chunks.clone()
+        for first, held, own in zip(self.chunk_begins, self.carried, kept, strict=True):
+            chunks[first].narrow(dim - 1, 0, held).copy_(own.narrow(dim - 1, 0, held))
+        return chunks

@@ -2,24 +2,24 @@
 
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T        y_t = h_t C_t
 
-Letters: b sequences, l tokens, h heads, p head width, n state size, g groups (r = h/g heads share B and C),
-         s segments, c chunks of CHUNK places, m queries of a chunk (the places whose outputs are wanted).
+Letters: b sequences, l tokens, h heads, p head width, n state size, g groups (h/g heads share B and C),
+         rows as in `segments.py`, s segments, c chunks of CHUNK places.
 
 Within a chunk, with a = cumsum(dt A) and i, j places of it:
     y_i = sum_{j <= i} (C_i . B_j) exp(a_i - a_j) dt_j x_j  +  exp(a_i) C_i . boundary
 and the boundary moves on once, when the next chunk begins:
     boundary' = exp(a_end) boundary + sum_j exp(a_end - a_j) dt_j x_j B_j^T
 
-A query is always the same products of the same shape, against all CHUNK places of its chunk, whether it is read among
-others or generated alone: that is what makes the bits independent of how a prompt was cut. A decode step is a chunk
-with few queries, replayed from the boundary; it reads the state and does not write it.
+A row is always the same sums in the same order, against the places of its chunk, whether it is read among others or
+generated alone: that is what makes the bits independent of how a prompt was cut. A decode step is a chunk with few new
+rows, replayed from the boundary; it reads the state and does not write it.
 
 Source: Dao and Gu 2024, arXiv:2405.21060, section 6 for the chunked form.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +29,15 @@ from nemotron_h.ops.jit import ssd as jit
 from nemotron_h.ops.jit.scalars import array, runs
 from nemotron_h.ops.segments import Segments
 from nemotron_h.ops.shapes import expect, first_order, wants_gradient
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What the segments of a call bring along: the state at the beginning of the chunk at hand, and its inputs."""
+
+    boundary: Tensor  # (s, h, n, p), float32: states stand turned, as the product with C reads them
+    x: Tensor  # (s, CHUNK, h p), the inputs' dtype
+    B: Tensor  # (s, g, n, CHUNK), likewise, turned
 
 
 def ssd_recurrence(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,208 +58,179 @@ def ssd_recurrence(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state
 
 
 def ssd(
-    x: Tensor,
+    inputs: Tensor,
     dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
+    a: Tensor,
+    D: Tensor,
     segments: Segments,
-    boundary: Tensor | None,
+    past: Past | None,
     *,
-    D: Tensor | None = None,
+    num_groups: int,
+    state_size: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """Outputs of every query of every chunk, and the state at each segment's last boundary.
+    """y_t = h_t C_t + D x_t of every row, and the state at each segment's last boundary.
 
-    Shapes: x (c, h, CHUNK, p), B (c, g, CHUNK, n) any float; dt (c, CHUNK, h) float32, after softplus, zero where
-        nothing stands yet; A (h) float32, negative; C (c, g, m, n) any float;
-        boundary (s, h, p, n) float32, the state at the beginning of each segment's first chunk, None for zeros;
-        D (h) float32: y_t = h_t C_t + D x_t where it is given.
-    Returns: y (c, h, m, p) float32; (s, h, p, n) float32, the state at the beginning of each segment's last chunk, or
-        None where it is what was given.
+    Shapes: inputs (rows, h p + 2 g n) any float: x, B and C side by side; dt, a (c, h, CHUNK) float32, as `steps` gives
+        them; D (h) float32.
+    past: None where every segment begins here; with it there is no gradient.
+    Returns: y (rows, h p) float32, zeros for padding; (s, h, n, p) float32, the state at the beginning of each
+        segment's last chunk, or None where it is what was given.
     Raises: ShapeError, naming the argument.
     """
-    for name, tensor in (("x", x), ("C", C)):
-        if tensor.ndim != 4:
-            raise ShapeError(f"{name}: must have 4 dimensions; got {tensor.ndim}")
-    c, h, _, p = x.shape
-    g, _, n = C.shape[1:]
-    if g < 1 or h % g:
-        raise ShapeError(f"C: must have groups that divide the {h} heads of x; got {g}")
-    expect(x, "x", (segments.num_chunks, h, CHUNK, p))
-    expect(dt, "dt", (c, CHUNK, h), torch.float32)
-    expect(A, "A", (h,), torch.float32)
-    expect(B, "B", (c, g, CHUNK, n), C.dtype)
-    expect(C, "C", (c, g, segments.queries, n))
-    if boundary is not None:
-        expect(boundary, "boundary", (len(segments), h, p, n), torch.float32)
-    # float64: a running sum's bits must not depend on where the call began
-    a = (dt.double() * A.double()).cumsum(1).float().transpose(1, 2).contiguous()  # (c, h, CHUNK)
-    dt = dt.transpose(1, 2).contiguous()
-    if D is None:
-        D = A.new_zeros(h)
-    expect(D, "D", (h,), torch.float32)
-    given = [t for t in (x, dt, A, B, C, D, boundary) if t is not None]
-    if (any(segments.starts) or boundary is not None) and wants_gradient(*given):
-        raise ShapeError("boundary: must be None where gradients are wanted; training passes no state")
-    if not runs(x, B, C):
-        return ssd_torch(x, dt, a, B, C, D, segments, boundary)
-    y, after = _Ssd.apply(x, dt, a, B, C, D, segments, boundary)  # type: ignore[no-untyped-call]
-    return y, after
+    (heads,), g, n, s = D.shape, num_groups, state_size, len(segments)
+    inner = inputs.shape[-1] - 2 * g * n
+    if g < 1 or heads % g:
+        raise ShapeError(f"num_groups: must divide the {heads} heads of D; got {g}")
+    if inner < heads or inner % heads:
+        raise ShapeError(f"inputs: must have as many columns of x for each of {heads} heads; got {inner} in all")
+    expect(inputs, "inputs", (segments.rows, inner + 2 * g * n))
+    for name, tensor in (("dt", dt), ("a", a)):
+        expect(tensor, name, (segments.num_chunks, heads, CHUNK), torch.float32)
+    expect(D, "D", (heads,), torch.float32)
+    if past is None and any(segments.starts):
+        raise ShapeError(f"past: must hold what lies before the rows, which begin at {max(segments.starts)}; got None")
+    if past is not None:
+        expect(past.boundary, "past.boundary", (s, heads, n, inner // heads), torch.float32)
+        expect(past.x, "past.x", (s, CHUNK, inner), inputs.dtype)
+        expect(past.B, "past.B", (s, g, n, CHUNK), inputs.dtype)
+        if wants_gradient(inputs, dt, a, D, past.boundary, past.x, past.B):
+            raise ShapeError("past: must be None where gradients are wanted; training passes no state")
+    if not runs(inputs):
+        return ssd_torch(inputs, dt, a, D, segments, past, g, n)
+    if wants_gradient(inputs, dt, a, D):
+        return _Ssd.apply(inputs, dt, a, D, segments, g, n)  # type: ignore[no-any-return,no-untyped-call]
+    return _ssd(inputs.contiguous(), dt, a, D, segments, past, g, n)[:2]
 
 
 def ssd_torch(
-    x: Tensor,
-    dt: Tensor,
-    a: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    segments: Segments,
-    boundary: Tensor | None,
+    inputs: Tensor, dt: Tensor, a: Tensor, D: Tensor, segments: Segments, past: Past | None, g: int, n: int
 ) -> tuple[Tensor, Tensor | None]:
-    """The same as matrix products in torch: where there is no kernel, and beside the kernel in tests.
-
-    dt (c, h, CHUNK); a (c, h, CHUNK), the running sum of dt A; the rest as in `ssd`.
-    """
-    c, h, _, p = x.shape
-    g, m, n = C.shape[1:]
-    xdt = (x.float() * dt[..., None]).contiguous()  # (c, h, CHUNK, p)
-    B = B.float().contiguous().view(c * g, CHUNK, n)
-    C = C.float().contiguous().view(c * g, m, n)
-    places = segments.query_places.to(x.device)[:, None].expand(c, h, m)
-    a_queries = a.gather(2, places)  # (c, h, m)
-    later = torch.arange(CHUNK, device=x.device) > places[..., None]  # (c, h, m, CHUNK)
-    decay = (a_queries[..., None] - a[..., None, :]).masked_fill(later, -torch.inf).exp()
-    scores = torch.bmm(C, B.transpose(1, 2)).view(c, g, 1, m, CHUNK)
-    mixed = (scores * decay.view(c, g, h // g, m, CHUNK)).view(c * h, m, CHUNK)
-    own = x.gather(2, places[..., None].expand(c, h, m, p)).float() * D[:, None, None]
-    y = torch.bmm(mixed, xdt.view(c * h, CHUNK, p)).view(c, h, m, p) + own
+    """The same as matrix products in torch: where there is no kernel, and beside the kernel in tests."""
+    c, h, _ = dt.shape
+    inner = inputs.shape[1] - 2 * g * n
+    p = inner // h
+    x, B, C = (segments.spread(t) for t in inputs.split([inner, g * n, g * n], dim=-1))  # (c, CHUNK, columns)
+    kept_x, kept_B, boundary = (past.x, past.B.flatten(1, 2), past.boundary) if past is not None else (None, None, None)
+    x = segments.after_kept(x, kept_x, dim=1).float().view(c, CHUNK, h, p).transpose(1, 2)  # (c, h, CHUNK, p)
+    B = segments.after_kept(B.transpose(1, 2), kept_B, dim=2).float().reshape(c * g, n, CHUNK)
+    C = C.float().view(c, CHUNK, g, n).transpose(1, 2).reshape(c * g, CHUNK, n)
+    places = torch.arange(CHUNK, device=inputs.device)
+    decay = (a[..., None] - a[..., None, :]).masked_fill(places > places[:, None], -torch.inf).exp()
+    scores = torch.bmm(C, B).view(c, g, 1, CHUNK, CHUNK)
+    mixed = (scores * decay.view(c, g, h // g, CHUNK, CHUNK)).view(c * h, CHUNK, CHUNK)
+    xdt = (x * dt[..., None]).contiguous()
+    y = torch.bmm(mixed, xdt.view(c * h, CHUNK, p)).view(c, h, CHUNK, p) + x * D[:, None, None]
 
     before, after = _boundaries(xdt, a, B, segments, boundary)
     if before is not None:
-        read = torch.bmm(C, before.reshape(c * g, h // g * p, n).transpose(1, 2))  # (c g, m, r p)
-        read = read.view(c, g, m, h // g, p).transpose(2, 3).reshape(c, h, m, p)
-        y = y + read * a_queries.exp()[..., None]
-    return y, after
-
-
-class _Ssd(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        dt: Tensor,
-        a: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor,
-        segments: Segments,
-        boundary: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        c, h, _, p = x.shape
-        g, m, n = C.shape[1:]
-        x, C = x.contiguous().view(-1, p), C.contiguous().view(-1, n)
-        B = B.contiguous().view(-1, n)
-        dt, a = dt.view(-1, CHUNK), a.view(-1, CHUNK)
-        first, counts = (np.array(t) for t in (segments.chunk_begins, segments.chunks))
-        start = None if boundary is None else boundary.transpose(2, 3).contiguous().view(-1, p)  # (s h n, p)
-        before = start if start is not None else torch.empty(0, p)
-        after = None
-        if max(segments.chunks) > 1:
-            added, before = torch.empty(c * h * n, p), torch.empty(c * h * n, p)
-            jit.writes(c * h, array(x), array(dt), array(a), array(B), h // g, array(added))
-            start = torch.zeros(len(segments) * h * n, p) if start is None else start.clone()
-            jit.pass_on(len(segments) * h, array(added), array(a), first, counts, h, array(start), array(before))
-            after = start.view(-1, h, n, p).transpose(2, 3)
-        y = torch.empty(c * m, h * p)
-        jit.outputs(
-            c * g, array(x), array(dt), array(a), array(B), array(C), array(D.contiguous()), array(before), h // g,
-            segments.query_begins.numpy(), segments.new_begins.numpy(), segments.query_counts.numpy(), array(y),
-        )  # fmt: skip
-        ctx.save_for_backward(x, dt, a, B, C, D, before)
-        ctx.shape, ctx.chunks = (c, h, g, m, n, p), (first, counts)
-        if after is not None:
-            ctx.mark_non_differentiable(after)
-        return y.view(c, m, h, p).transpose(1, 2), after
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, dt, a, B, C, D, before = ctx.saved_tensors
-        c, h, g, m, n, p = ctx.shape
-        by_y = grad.transpose(1, 2).contiguous().view(c * m, h * p)
-        by_x, by_B, by_C, by_D = torch.empty_like(x), torch.empty_like(B), torch.empty_like(C), torch.empty(c * h)
-        by_dt, by_a, by_writes = torch.zeros_like(dt), torch.zeros_like(a), torch.empty_like(before)
-        if len(before):
-            jit.states_gradient(c * h, array(a), array(C), array(by_y), h // g, h, array(by_writes))
-            jit.pass_back(
-                len(ctx.chunks[0]) * h, array(before), array(a), *ctx.chunks, h, array(by_writes), array(by_a)
-            )
-        inputs = (array(t) for t in (x, dt, a, B, C, D.contiguous(), before, by_writes, by_y))
-        jit.gradient(c * g, *inputs, h // g, *(array(t) for t in (by_x, by_dt, by_a, by_B, by_C, by_D)))
-        return (
-            by_x.view(c, h, CHUNK, p),
-            by_dt.view(c, h, CHUNK),
-            by_a.view(c, h, CHUNK),
-            by_B.view(c, g, CHUNK, n),
-            by_C.view(c, g, m, n),
-            by_D.view(c, h).double().sum(0).float(),
-            None,
-            None,
-        )
-
-
-def settled(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, boundary: Tensor) -> Tensor:
-    """The state after the chunk at hand, (s, h, p, n): the boundary moved on by the inputs since.
-
-    x (s, h, CHUNK, p), dt (s, CHUNK, h), B (s, g, CHUNK, n), with zeros where nothing stands yet.
-    """
-    a = (dt.double() * A.double()).cumsum(1).float().transpose(1, 2)
-    return _moved(x.float() * dt.transpose(1, 2)[..., None], a, B.float(), boundary)
+        states = before.view(c, g, h // g, n, p).transpose(2, 3).reshape(c * g, n, h // g * p)
+        read = torch.bmm(C, states).view(c, g, CHUNK, h // g, p).transpose(2, 3).reshape(c, h, CHUNK, p)
+        y = y + read * a.exp()[..., None]
+    return segments.collect(y.transpose(1, 2)).reshape(segments.rows, inner), after
 
 
 def _boundaries(
     xdt: Tensor, a: Tensor, B: Tensor, segments: Segments, boundary: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The state before each chunk, (c, h, p, n), None for all zeros; and before each segment's last one."""
+    """The state before each chunk, (c, h, n, p), None for all zeros; and before each segment's last one."""
     c, h, _, p = xdt.shape
-    g, n = B.shape[0] // c, B.shape[2]
-    counts = segments.chunks
-    longest = max(counts)
-    if longest == 1:
+    g, n = B.shape[0] // c, B.shape[1]
+    if max(segments.chunks) == 1:
         return boundary, None
-    state = boundary if boundary is not None else xdt.new_zeros(len(counts), h, p, n)
-    gains, writes = a[..., -1].exp(), _writes(xdt, a, B.view(c, g, CHUNK, n))
-    if len(set(counts)) == 1:
-        steps = [state]
-        # unbind: the gradient of slicing one step at a time would fill a whole tensor for each
-        for gain, write in zip(
-            gains.view(-1, longest, h, 1, 1).unbind(1)[:-1],
-            writes.view(-1, longest, h, p, n).unbind(1)[:-1],
-            strict=True,
-        ):
-            state = state * gain + write
-            steps.append(state)
-        return torch.stack(steps, 1).view(c, h, p, n), state
+    state = boundary if boundary is not None else xdt.new_zeros(len(segments), h, n, p)
+    weighted = xdt * (a[..., -1:] - a).exp()[..., None]  # (c, h, CHUNK, p)
+    columns = weighted.view(c, g, h // g, CHUNK, p).transpose(2, 3).reshape(c * g, CHUNK, h // g * p)
+    writes = torch.bmm(B, columns).view(c, g, n, h // g, p).transpose(2, 3).reshape(c, h, n, p)
+    gains = a[..., -1].exp()
     befores, afters = [], []
-    for index, (first, count) in enumerate(zip(segments.chunk_begins, counts, strict=True)):
-        state_s = state[index]
-        befores.append(state_s)
+    for index, (first, count) in enumerate(zip(segments.chunk_begins, segments.chunks, strict=True)):
+        own = state[index]
+        befores.append(own)
         for chunk in range(first, first + count - 1):
-            state_s = state_s * gains[chunk][:, None, None] + writes[chunk]
-            befores.append(state_s)
-        afters.append(state_s)
+            own = own * gains[chunk][:, None, None] + writes[chunk]
+            befores.append(own)
+        afters.append(own)
     return torch.stack(befores), torch.stack(afters)
 
 
-def _writes(xdt: Tensor, a: Tensor, B: Tensor) -> Tensor:
-    """What each chunk adds to the state by its end: (c, h, p, n)."""
-    c, h, _, p = xdt.shape
-    g, n = B.shape[1], B.shape[3]
-    weighted = xdt * (a[..., -1:] - a).exp()[..., None]
-    rows = weighted.transpose(2, 3).reshape(c * g, h // g * p, CHUNK)
-    return torch.bmm(rows, B.reshape(c * g, CHUNK, n)).view(c, h, p, n)
+def _ssd(
+    inputs: Tensor, dt: Tensor, a: Tensor, D: Tensor, segments: Segments, past: Past | None, g: int, n: int,
+    befores_kept: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """y, the state before each segment's last chunk, and before each chunk where befores_kept."""
+    c, h, _ = dt.shape
+    s, inner = len(segments), inputs.shape[1] - 2 * g * n
+    p = inner // h
+    owner, begins, counts, rows = segments.grid
+    nothing = torch.empty(0, CHUNK, dtype=inputs.dtype)
+    kept_x = array(past.x.view(-1, inner) if past is not None else nothing)
+    kept_B = array(past.B.view(-1, CHUNK) if past is not None else nothing)
+    boundary = past.boundary.view(-1, p) if past is not None else torch.empty(0, p)
+    moves = max(segments.chunks) > 1
+    scores, y = torch.empty(len(inputs), g * CHUNK), torch.empty(len(inputs), inner)
+    y[segments.tokens :] = 0
+    before = torch.empty(c * h * n if befores_kept and moves else 0, p)
+    after = torch.empty(s * h * n if moves else 0, p)
+    jit.score(c * g, array(inputs), inner, g, n, owner, begins, counts, rows, kept_B, array(scores))
+    jit.scan(
+        s * h, array(inputs), g, array(scores), array(dt.view(-1, CHUNK)), array(a.view(-1, CHUNK)), array(D), begins,
+        counts, rows, segments.chunk_runs, kept_x, kept_B, array(boundary), array(y), array(before), array(after),
+    )  # fmt: skip
+    return y, after.view(s, h, n, p) if moves else None, before
 
 
-def _moved(xdt: Tensor, a: Tensor, B: Tensor, boundary: Tensor) -> Tensor:
-    return boundary * a[..., -1].exp()[..., None, None] + _writes(xdt, a, B)
+class _Ssd(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: Tensor, dt: Tensor, a: Tensor, D: Tensor, segments: Segments, g: int, n: int
+    ) -> tuple[Tensor, Tensor | None]:
+        inputs = inputs.contiguous()
+        y, after, before = _ssd(inputs, dt, a, D, segments, None, g, n, befores_kept=True)
+        ctx.save_for_backward(inputs, dt, a, D, before)
+        ctx.settings = segments, g
+        if after is not None:
+            ctx.mark_non_differentiable(after)
+        return y, after
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs, dt, a, D, before = ctx.saved_tensors
+        segments, g = ctx.settings
+        c, h, _width = dt.shape
+        _, _, counts, rows = segments.grid
+        by_y, by_inputs = array(grad.contiguous()), torch.empty_like(inputs)
+        by_inputs[segments.tokens :] = 0
+        by_dt, by_a, by_writes, by_D = (
+            torch.zeros_like(dt),
+            torch.zeros_like(a),
+            torch.empty_like(before),
+            torch.empty(c * h),
+        )
+        flat_dt, flat_a, slope_dt, slope_a = (array(t.view(-1, CHUNK)) for t in (dt, a, by_dt, by_a))
+        if len(before):
+            jit.states_gradient(c * h, array(inputs), g, h, flat_a, counts, rows, by_y, array(by_writes))
+            jit.pass_back(len(segments) * h, array(before), flat_a, segments.chunk_runs, h, array(by_writes), slope_a)
+        jit.gradient(
+            c * g, array(inputs), g, flat_dt, flat_a, array(D), counts, rows, array(before), array(by_writes), by_y,
+            array(by_inputs), slope_dt, slope_a, array(by_D),
+        )  # fmt: skip
+        return by_inputs, by_dt, by_a, by_D.view(c, h).double().sum(0).float(), None, None, None
+
+
+def keep_inputs(inputs: Tensor, segments: Segments, x: Tensor, B: Tensor) -> None:
+    """Overwrite x and B, as `Past` has them, with the inputs of each segment's chunk at hand, zeros beyond them."""
+    s, g, n, _ = B.shape
+    if runs(inputs):
+        _, begins, counts, rows = segments.grid
+        kept = array(x.view(s * CHUNK, -1)), array(B.view(-1, CHUNK))
+        jit.keep(s, array(inputs), g, begins, counts, rows, segments.chunk_runs, *kept)
+        return
+    x_new, B_new, _ = (segments.spread(t) for t in inputs.split([x.shape[2], g * n, g * n], dim=-1))
+    x_new, B_new = (
+        segments.after_kept(x_new, x, dim=1),
+        segments.after_kept(B_new.transpose(1, 2), B.flatten(1, 2), dim=2),
+    )
+    last = segments.chunk_runs.sum(1) - 1
+    x.copy_(x_new[last])
+    B.copy_(B_new[last].view(s, g, n, CHUNK))

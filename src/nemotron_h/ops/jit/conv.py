@@ -1,7 +1,8 @@
 """Causal conv and SiLU in one pass over memory, and their gradient in another. Definition: `ops/conv.py`.
 
-x, out (rows, channels) float32 or bfloat16 bits; taps (kernel, channels) and bias (channels) float32; owner and place
-(rows,): each row's segment and its place in it, -1 for padding. Taps are added oldest first, as the definition does.
+x (a line of rows, `step` elements from one to the next) and out (rows, channels) float32 or bfloat16 bits; taps
+(kernel, channels) and bias (channels) float32; owner and place (rows,): each row's segment and its place in it, -1 for
+padding. Taps are added oldest first, as the definition does.
 """
 
 from typing import Any
@@ -9,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from nemotron_h.ops.jit.kernels import kernel
-from nemotron_h.ops.jit.scalars import STRIDE, f, read, sigmoid, write
+from nemotron_h.ops.jit.scalars import STRIDE, f, read, read_at, sigmoid, write
 from nemotron_h.ops.jit.tiles import clear
 
 
 @kernel(16)
 def forward(
-    start: Any, stop: Any, x: Any, carried: Any, owner: Any, place: Any, taps: Any, bias: Any, out: Any
+    start: Any, stop: Any, x: Any, step: Any, carried: Any, owner: Any, place: Any, taps: Any, bias: Any, out: Any
 ) -> None:
     """carried (segments * (kernel - 1), channels): the inputs before each segment."""
     width, channels = taps.shape
@@ -27,7 +28,7 @@ def forward(
             back = width - 1 - k
             if place[t] >= back:
                 for j in range(channels):
-                    total[j] += read(x, t - back, j) * taps[k, j]
+                    total[j] += read_at(x, (t - back) * step + j) * taps[k, j]
             else:
                 row = owner[t] * (width - 1) + width - 1 + place[t] - back
                 for j in range(channels):
@@ -37,8 +38,22 @@ def forward(
 
 
 @kernel(1)
+def keep_last(start: Any, stop: Any, x: Any, step: Any, begins: Any, lengths: Any, carried: Any) -> None:
+    """carried (s, reach, channels), of x's dtype: its newest inputs take the oldest ones' place."""
+    reach, channels = carried.shape[1:]
+    for segment in range(start, stop):
+        for k in range(reach):
+            row = lengths[segment] - reach + k
+            for j in range(channels):
+                if row < 0:  # still an input of before, which later places have not yet been written over
+                    carried[segment, k, j] = carried[segment, k + lengths[segment], j]
+                else:
+                    carried[segment, k, j] = x[(begins[segment] + row) * step + j]
+
+
+@kernel(1)
 def backward(
-    start: Any, stop: Any, x: Any, place: Any, taps: Any, bias: Any, grad: Any, grad_x: Any, partial: Any
+    start: Any, stop: Any, x: Any, step: Any, place: Any, taps: Any, bias: Any, grad: Any, grad_x: Any, partial: Any
 ) -> None:
     """Of segments with nothing before them. partial (parts, kernel + 1, channels) float32, zeros: each part of STRIDE
     rows adds its share of the taps' gradients and, last, the bias's."""
@@ -58,7 +73,7 @@ def backward(
                 back = width - 1 - k
                 if place[t] >= back:
                     for j in range(channels):
-                        total[j] += read(x, t - back, j) * taps[k, j]
+                        total[j] += read_at(x, (t - back) * step + j) * taps[k, j]
             for j in range(channels):
                 gate = sigmoid(total[j])
                 slope[t - first, j] = read(grad, t, j) * gate * (f(1) + total[j] * (f(1) - gate))
@@ -73,6 +88,6 @@ def backward(
                     for j in range(channels):
                         total[j] += slope[t - first + ahead, j] * taps[k, j]
                     for j in range(channels):
-                        partial[part, k, j] += slope[t - first + ahead, j] * read(x, t, j)
+                        partial[part, k, j] += slope[t - first + ahead, j] * read_at(x, t * step + j)
             for j in range(channels):
                 write(grad_x, t, j, total[j])

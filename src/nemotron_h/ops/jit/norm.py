@@ -1,7 +1,8 @@
 """RMSNorm and gate + grouped RMSNorm in one pass each, and their gradients. Definition: `ops/norm.py`.
 
-x, z, out (rows, channels) float32 or bfloat16 bits; y (rows, channels) float32; gain (channels) float32. A group's sum
-of squares is taken in LANES partial sums, added first to last: one order, whatever the vector width.
+x, out (rows, channels) float32 or bfloat16 bits; z a line of such rows, `step` elements from one to the next; y (rows,
+channels) and gain (channels) float32. A group's sum of squares is taken in LANES partial sums, added first to last: one
+order, whatever the vector width.
 """
 
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nemotron_h.ops.jit.kernels import kernel
-from nemotron_h.ops.jit.scalars import LANES, STRIDE, compile_once, f, piece, read, sigmoid, write
+from nemotron_h.ops.jit.scalars import LANES, STRIDE, compile_once, f, piece, read, read_at, sigmoid, write
 
 
 @piece
@@ -64,14 +65,16 @@ def backward(start: Any, stop: Any, x: Any, gain: Any, epsilon: Any, grad: Any, 
 
 
 @kernel(16)
-def gated_forward(start: Any, stop: Any, y: Any, z: Any, gain: Any, groups: Any, epsilon: Any, out: Any) -> None:
+def gated_forward(
+    start: Any, stop: Any, y: Any, z: Any, step: Any, gain: Any, groups: Any, epsilon: Any, out: Any
+) -> None:
     """v = y * silu(z); each group of v normed by itself; times the gain."""
     channels = out.shape[1]
     width = channels // groups
     row = np.empty(channels, np.float32)
     for t in range(start, stop):
         for j in range(channels):
-            gate = read(z, t, j)
+            gate = read_at(z, t * step + j)
             row[j] = y[t, j] * (gate * sigmoid(gate))
         for first in range(0, channels, width):
             scale = f(1) / np.sqrt(dot(row, row, first, first + width) / f(width) + epsilon)
@@ -85,6 +88,7 @@ def gated_backward(
     stop: Any,
     y: Any,
     z: Any,
+    step: Any,
     gain: Any,
     groups: Any,
     epsilon: Any,
@@ -100,7 +104,7 @@ def gated_backward(
     for part in range(start, stop):
         for t in range(part * STRIDE, min((part + 1) * STRIDE, rows)):
             for j in range(channels):
-                gate = read(z, t, j)
+                gate = read_at(z, t * step + j)
                 gates[j] = sigmoid(gate)
                 row[j] = y[t, j] * (gate * gates[j])
             for j in range(channels):
@@ -116,6 +120,8 @@ def gated_backward(
                 for j in range(first, last):
                     slope[j] = scale * (slope[j] - row[j] * pull)  # by what the gate let through
             for j in range(channels):
-                grad_y[t, j] = slope[j] * read(z, t, j) * gates[j]
+                grad_y[t, j] = slope[j] * read_at(z, t * step + j) * gates[j]
             for j in range(channels):
-                write(grad_z, t, j, slope[j] * y[t, j] * gates[j] * (f(1) + read(z, t, j) * (f(1) - gates[j])))
+                write(
+                    grad_z, t, j, slope[j] * y[t, j] * gates[j] * (f(1) + read_at(z, t * step + j) * (f(1) - gates[j]))
+                )

@@ -56,6 +56,16 @@ def array(tensor: Tensor) -> Any:
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
+def lines(tensor: Tensor) -> tuple[Any, int]:
+    """A matrix whose rows may lie apart, such as some columns of another: its memory as one line, and the elements from
+    row to row."""
+    if tensor.stride(1) != 1:
+        tensor = tensor.contiguous()
+    rows, columns = tensor.shape
+    step = tensor.stride(0)
+    return array(tensor.as_strided(((rows - 1) * step + columns,), (1,))), step
+
+
 def inline(function: Callable[..., Any]) -> Any:
     """A formula within a kernel."""
     return function if numba is None else numba.njit(inline="always", error_model="numpy")(function)
@@ -137,8 +147,37 @@ def sigmoid(x):  # type: ignore[no-untyped-def]
     return f(1) / (f(1) + exp(-x))
 
 
+@inline
+def log1p(x):  # type: ignore[no-untyped-def]
+    """log(1 + x) in float32 within 2 units in the last place (Cephes' polynomial), for x in 0..1."""
+    w = f(1) + x
+    lost = (x - (w - f(1))) / w  # what the sum rounded away
+    halved = w > f(1.41421356)
+    z = (w * f(0.5) if halved else w) - f(1)
+    p = f(7.0376836292e-2) * z - f(1.1514610310e-1)
+    p = p * z + f(1.1676998740e-1)
+    p = p * z - f(1.2420140846e-1)
+    p = p * z + f(1.4249322787e-1)
+    p = p * z - f(1.6668057665e-1)
+    p = p * z + f(2.0000714765e-1)
+    p = p * z - f(2.4999993993e-1)
+    p = p * z + f(3.3333331174e-1)
+    small = p * z * z * z - f(0.5) * z * z + lost
+    return z + small + f(0.693359375) - f(2.12194440e-4) if halved else z + small
+
+
+@inline
+def softplus(x):  # type: ignore[no-untyped-def]
+    """log(1 + e^x) = max(x, 0) + log1p(e^-|x|)"""
+    return max(x, f(0)) + log1p(exp(-abs(x)))
+
+
 def read(array: Any, i: int, j: int) -> Any:
     """array[i, j] as float32."""
+
+
+def read_at(line: Any, k: int) -> Any:
+    """line[k] as float32."""
 
 
 def write(array: Any, i: int, j: int, value: Any) -> None:
@@ -152,6 +191,12 @@ if numba is not None:
         if array.dtype == types.uint16:
             return lambda array, i, j: from_bfloat16(array[i, j])
         return lambda array, i, j: array[i, j]
+
+    @overload(read_at, inline="always")  # type: ignore[untyped-decorator]
+    def _read_at(line, k):  # type: ignore[no-untyped-def]
+        if line.dtype == types.uint16:
+            return lambda line, k: from_bfloat16(line[k])
+        return lambda line, k: line[k]
 
     @overload(write, inline="always")  # type: ignore[untyped-decorator]
     def _write(array, i, j, value):  # type: ignore[no-untyped-def]

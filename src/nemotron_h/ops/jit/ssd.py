@@ -1,11 +1,14 @@
 """The chunked scan, tile by tile in cache, and its gradient. Definition and formulas: `ops/ssd.py`.
 
 Every matrix is two-dimensional and contiguous, its leading letters folded into rows:
-    x (c h CHUNK, p)   y and its gradient (c m, h p)   dt, a (c h, CHUNK)
-    B (c g CHUNK, n)   C (c g m, n)                    states (c h n, p)
-x, B and C are float32 or bfloat16 bits, the rest float32. A state stands transposed, (n, p). A task is one head
-or group of one chunk, made of what `tiles.py` has and of loops over few arrays: of a few LLVM can tell that they do not
-overlap, and makes vector code; of many it gives up.
+    inputs (rows, h p + 2 g n): x | B | C       y and its gradient (rows, h p)       dt, a (c h, CHUNK)
+    states (.. h n, p), turned                  kept x (s CHUNK, h p)                kept B (s g n, CHUNK), turned
+inputs and what is kept of them are float32 or bfloat16 bits, the rest float32. owner, begins, counts, rows (c,): each
+chunk's segment, the place of its first new row, how many there are, and where in the call. What the chunk at hand
+already held stands before that place: what was kept.
+
+A task is made of what `tiles.py` has and of loops over few arrays: of a few LLVM can tell that they do not overlap, and
+makes vector code; of many it gives up.
 """
 
 from typing import Any
@@ -13,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from nemotron_h.ops.jit.kernels import kernel
-from nemotron_h.ops.jit.scalars import compile_once, exp, f, piece
+from nemotron_h.ops.jit.scalars import compile_once, exp, f, piece, read
 from nemotron_h.ops.jit.tiles import (
     HEIGHT,
     LANES,
@@ -24,108 +27,183 @@ from nemotron_h.ops.jit.tiles import (
     add_scaled_columns,
     clear,
     load,
+    load_rows,
     load_turned,
     multiply,
     scale_columns,
     scale_rows,
     store,
+    store_rows,
     zeros,
 )
 
 
 @kernel(2)
-def writes(start: Any, stop: Any, x: Any, dt: Any, a: Any, B: Any, share: Any, out: Any) -> None:
-    """out (c h n, p): what each chunk adds to the state by its end, sum_j exp(a_end - a_j) dt_j x_j B_j^T."""
-    width, p, n = a.shape[1], x.shape[1], B.shape[1]
-    inputs, keys, added = np.empty((width, p), np.float32), np.empty((width, n), np.float32), zeros(n, p)
-    weights = np.empty(width, np.float32)
-    for index in range(start, stop):
-        clear(added)
-        load(inputs, x, index * width, 0, width)
-        load(keys, B, index // share * width, 0, width)
-        for j in range(width):
-            weights[j] = exp(a[index, width - 1] - a[index, j]) * dt[index, j]
-        scale_rows(inputs, weights)
-        add_product(added, 0, n, p, keys.T, 0, inputs, 0, width)
-        store(out, index * n, 0, added)
+def score(
+    start: Any, stop: Any, inputs: Any, first: Any, groups: Any, n: Any, owner: Any, begins: Any, counts: Any,
+    rows: Any, kept: Any, out: Any,
+) -> None:  # fmt: skip
+    """out (rows, g CHUNK): each new row's C against the B of all places of its chunk. first: the column of B."""
+    width = kept.shape[1]
+    keys, queries, tile = np.empty((n, width), np.float32), np.empty((width, n), np.float32), zeros(width, width)
+    for task in range(start, stop):
+        chunk, group = task // groups, task % groups
+        begin, count, row = begins[chunk], counts[chunk], rows[chunk]
+        reach = min(-(-(begin + count) // LANES) * LANES, width)
+        load_rows(keys, kept, (owner[chunk] * groups + group) * n, 0, n if begin else 0, begin)
+        for j in range(count):
+            for k in range(n):
+                keys[k, begin + j] = read(inputs, row + j, first + group * n + k)
+        for k in range(n):
+            for j in range(begin + count, reach):
+                keys[k, j] = f(0)
+        load_rows(queries, inputs, row, first + (groups + group) * n, count, n)
+        for i in range(count):
+            for j in range(width):
+                tile[i, j] = f(0)
+        add_product(tile, 0, count, reach, queries, 0, keys, 0, n)
+        store_rows(out, row, group * width, tile, count)
 
 
 @kernel(1)
-def pass_on(
-    start: Any, stop: Any, added: Any, a: Any, first: Any, counts: Any, heads: Any, state: Any, before: Any
-) -> None:
-    """before (c h n, p): the state at the beginning of each chunk, from state (s h n, p). first, counts (s,): chunks.
+def scan(
+    start: Any, stop: Any, inputs: Any, groups: Any, scores: Any, dt: Any, a: Any, skip: Any, begins: Any, counts: Any,
+    rows: Any, chunks: Any, kept_x: Any, kept_B: Any, boundary: Any, y: Any, before: Any, after: Any,
+) -> None:  # fmt: skip
+    """y (rows, h p), one head of one segment a task. chunks (s, 2): each segment's first chunk and how many.
 
-    The last chunk of a segment adds nothing to `before`; state is overwritten with the state before that chunk.
+    boundary (s h n, p): the state before each segment's first chunk, with no rows for zeros. before (c h n, p): filled
+    with the state before each chunk, unless it has no rows. after (s h n, p): before each segment's last one, likewise.
     """
-    n, p = state.shape[0] // (len(first) * heads), state.shape[1]
+    heads, width = len(skip), a.shape[1]
+    p = y.shape[1] // heads
+    n = (inputs.shape[1] - y.shape[1]) // (2 * groups)
+    state, own, out = np.empty((n, p), np.float32), np.empty((width, p), np.float32), np.empty((width, p), np.float32)
+    factors, queries, keys = (
+        np.empty((width, width), np.float32),
+        np.empty((width, n), np.float32),
+        np.empty((width, n), np.float32),
+    )
     for task in range(start, stop):
         segment, head = task // heads, task % heads
-        for chunk in range(first[segment], first[segment] + counts[segment]):
-            index = chunk * heads + head
-            last = chunk == first[segment] + counts[segment] - 1
-            gain = exp(a[index, a.shape[1] - 1])
-            for k in range(n):
-                here, there = index * n + k, task * n + k
+        group, known = head // (heads // groups), len(boundary) > 0
+        column = y.shape[1] + group * n  # of B
+        if not known:
+            clear(state)
+        for chunk in range(chunks[segment, 0], chunks[segment, 0] + chunks[segment, 1]):
+            begin, count, row, index = begins[chunk], counts[chunk], rows[chunk], chunk * heads + head
+            last = chunk == chunks[segment, 0] + chunks[segment, 1] - 1
+            load_rows(own, kept_x, segment * width, head * p, begin, p)
+            for j in range(count):
                 for q in range(p):
-                    before[here, q] = state[there, q]
-                if not last:
-                    for q in range(p):
-                        state[there, q] = state[there, q] * gain + added[here, q]
-
-
-@kernel(2)
-def outputs(
-    start: Any, stop: Any, x: Any, dt: Any, a: Any, B: Any, C: Any, skip: Any, before: Any, share: Any,
-    places: Any, begins: Any, counts: Any, y: Any,
-) -> None:  # fmt: skip
-    """y (c m, h p). skip (h,): what each head adds of its own x. places (c,): where each chunk's queries begin;
-    begins, counts (c,): which places are new; the other queries get zero."""
-    total, width = a.shape
-    heads, p, n = total // len(places), x.shape[1], C.shape[1]
-    m = len(C) * share // total
-    keys_turned, inputs, out = np.empty((n, width), np.float32), np.empty((width, p), np.float32), zeros(m, p)
-    queries, gained, gains = np.empty((m, n), np.float32), np.empty((m, n), np.float32), np.zeros(m, np.float32)
-    scores, factors = zeros(m, width), np.empty((m, width), np.float32)
-    for group in range(start, stop):
-        chunk = group * share // heads
-        first = places[chunk]  # of the queries; begin..end of them are new
-        begin = begins[chunk] - first
-        end = begin + counts[chunk]
-        clear(scores)
-        load_turned(keys_turned, B, group * width, 0)
-        load(queries, C, group * m, 0, m)
-        add_product(scores, begin, end, width, queries, 0, keys_turned, 0, n)
-        for index in range(group * share, (group + 1) * share):
-            load(inputs, x, index * width, 0, width)
-            clear(out)
-            own = skip[index % heads]
-            for i in range(begin, end):
-                top = a[index, first + i]
-                gains[i] = exp(top)
-                for j in range(width):
-                    factors[i, j] = scores[i, j] * exp(top - a[index, j]) * dt[index, j]
+                    own[begin + j, q] = read(inputs, row + j, head * p + q)
+            decayed(factors, scores, row, group * width, dt, a, index, begin, count)
+            for i in range(count):
                 for q in range(p):
-                    out[i, q] = own * inputs[first + i, q]
-            add_causal_product(out, begin, end, factors, inputs, first)
+                    out[i, q] = skip[head] * own[begin + i, q]
+            add_causal_product(out, 0, count, factors, own, begin)
+            load_rows(queries, inputs, row, column + groups * n, count, n)
+            if known and chunk == chunks[segment, 0]:
+                add_read(out, queries, a, index, begin, count, boundary, task * n)
+                if len(before) > 0 or not last:
+                    load_rows(state, boundary, task * n, 0, n, p)
+            elif known or chunk > chunks[segment, 0]:
+                add_read(out, queries, a, index, begin, count, state, 0)
+            store_rows(y, row, head * p, out, count)
             if len(before) > 0:
-                load(gained, C, group * m, 0, m)
-                scale_rows(gained, gains)
-                add_product(out, begin, end, p, gained, 0, before, index * n, n)
-            store(y, chunk * m, index % heads * p, out)
+                store(before, index * n, 0, state)
+            if not last:
+                for j in range(begin):
+                    for k in range(n):
+                        keys[j, k] = read(kept_B, (segment * groups + group) * n + k, j)
+                for j in range(count):
+                    for k in range(n):
+                        keys[begin + j, k] = read(inputs, row + j, column + k)
+                move_on(state, keys, own, dt, a, index)
+        if len(after) > 0:
+            if chunks[segment, 1] == 1 and known:
+                load_rows(state, boundary, task * n, 0, n, p)
+            store(after, task * n, 0, state)
+
+
+@piece
+def decayed(factors, scores, row, column, dt, a, index, begin, count):  # type: ignore[no-untyped-def]
+    """What each new row takes of the x of each place up to its own; what stands beyond is not read."""
+    compile_once()
+    width = min(-(-(begin + count) // LANES) * LANES, a.shape[1])
+    for i in range(count):
+        top = a[index, begin + i]
+        for j in range(width):
+            factors[i, j] = scores[row + i, column + j] * exp(top - a[index, j]) * dt[index, j]
+
+
+@piece
+def add_read(out, queries, a, index, begin, count, state, first):  # type: ignore[no-untyped-def]
+    """out[i] += exp(a_i) C_i . state; the queries are scaled by it."""
+    compile_once()
+    n = queries.shape[1]
+    for i in range(count):
+        gain = exp(a[index, begin + i])
+        for k in range(n):
+            queries[i, k] *= gain
+    add_product(out, 0, count, out.shape[1], queries, 0, state, first, n)
+
+
+@piece
+def move_on(state, keys, inputs, dt, a, index):  # type: ignore[no-untyped-def]
+    """state = exp(a_end) state + sum_j exp(a_end - a_j) dt_j B_j x_j^T, over the places of a full chunk."""
+    compile_once()
+    width = a.shape[1]
+    end, weights = a[index, width - 1], np.empty(width, np.float32)
+    for j in range(width):
+        weights[j] = exp(end - a[index, j]) * dt[index, j]
+    scale_rows(inputs, weights)
+    gain = exp(end)
+    for k in range(state.shape[0]):
+        for q in range(state.shape[1]):
+            state[k, q] *= gain
+    add_product(state, 0, state.shape[0], state.shape[1], keys.T, 0, inputs, 0, width)
+
+
+@kernel(1)
+def keep(
+    start: Any, stop: Any, inputs: Any, groups: Any, begins: Any, counts: Any, rows: Any, chunks: Any, kept_x: Any,
+    kept_B: Any,
+) -> None:  # fmt: skip
+    """The inputs of each segment's chunk at hand, to be there for the next call; zeros beyond them in a new chunk."""
+    width, inner = kept_B.shape[1], kept_x.shape[1]
+    n = (inputs.shape[1] - inner) // (2 * groups)
+    for segment in range(start, stop):
+        chunk = chunks[segment, 0] + chunks[segment, 1] - 1
+        begin, count, row = begins[chunk], counts[chunk], rows[chunk]
+        end = width if chunks[segment, 1] > 1 else begin + count
+        for j in range(begin, end):
+            for q in range(inner):
+                kept_x[segment * width + j, q] = (
+                    inputs[row + j - begin, q] if j < begin + count else inputs.dtype.type(0)
+                )
+        for k in range(groups * n):
+            for j in range(begin, end):
+                kept_B[segment * groups * n + k, j] = (
+                    inputs[row + j - begin, inner + k] if j < begin + count else inputs.dtype.type(0)
+                )
 
 
 @kernel(2)
-def states_gradient(start: Any, stop: Any, a: Any, C: Any, grad: Any, share: Any, heads: Any, out: Any) -> None:
-    """out (c h n, p): of the loss by the state before each chunk, through its queries. grad (c m, h p): by y."""
-    n, p = C.shape[1], grad.shape[1] // heads
-    m = len(C) * share // len(a)
+def states_gradient(
+    start: Any, stop: Any, inputs: Any, groups: Any, heads: Any, a: Any, counts: Any, rows: Any, grad: Any, out: Any
+) -> None:
+    """out (c h n, p): of the loss by the state before each chunk, through its queries. grad (rows, h p): by y."""
+    m, p = a.shape[1], grad.shape[1] // heads
+    n = (inputs.shape[1] - grad.shape[1]) // (2 * groups)
     queries, slope, added = np.empty((m, n), np.float32), np.empty((m, p), np.float32), zeros(n, p)
     gains = np.empty(m, np.float32)
     for index in range(start, stop):
+        chunk, head = index // heads, index % heads
         clear(added)
-        load(queries, C, index // share * m, 0, m)
-        load(slope, grad, index // heads * m, index % heads * p, m)
+        column = heads * p + (groups + head // (heads // groups)) * n
+        load(queries, inputs, rows[chunk], column, counts[chunk])
+        load(slope, grad, rows[chunk], head * p, counts[chunk])
         for i in range(m):
             gains[i] = exp(a[index, i])
         scale_rows(slope, gains)
@@ -134,9 +212,7 @@ def states_gradient(start: Any, stop: Any, a: Any, C: Any, grad: Any, share: Any
 
 
 @kernel(1)
-def pass_back(
-    start: Any, stop: Any, before: Any, a: Any, first: Any, counts: Any, heads: Any, by_state: Any, by_a: Any
-) -> None:
+def pass_back(start: Any, stop: Any, before: Any, a: Any, chunks: Any, heads: Any, by_state: Any, by_a: Any) -> None:
     """by_state (c h n, p): in, of the loss by the state before each chunk through its queries; out, by what the chunk
     adds to the state. by_a (c h, CHUNK): the last place gets the part through the chunk's gain."""
     count, width = a.shape
@@ -145,8 +221,8 @@ def pass_back(
     for task in range(start, stop):
         segment, head = task // heads, task % heads
         clear(behind)
-        for step in range(counts[segment]):
-            index = (first[segment] + counts[segment] - 1 - step) * heads + head
+        for step in range(chunks[segment, 1]):
+            index = (chunks[segment, 0] + chunks[segment, 1] - 1 - step) * heads + head
             gain = exp(a[index, width - 1])
             for q in range(p):
                 total[q] = f(0)
@@ -163,53 +239,59 @@ def pass_back(
 
 @kernel(1)
 def gradient(
-    start: Any, stop: Any, x: Any, dt: Any, a: Any, B: Any, C: Any, skip: Any, before: Any, by_writes: Any, grad: Any,
-    share: Any, by_x: Any, by_dt: Any, by_a: Any, by_B: Any, by_C: Any, by_skip: Any,
+    start: Any, stop: Any, inputs: Any, groups: Any, dt: Any, a: Any, skip: Any, counts: Any, rows: Any, before: Any,
+    by_writes: Any, grad: Any, by_inputs: Any, by_dt: Any, by_a: Any, by_skip: Any,
 ) -> None:  # fmt: skip
-    """Of the loss by every input, the queries being a chunk's first m places. by_dt and by_a are added to;
-    by_skip (c h,): each chunk's part."""
-    width, n, p, heads = a.shape[1], C.shape[1], x.shape[1], len(skip)
-    m = len(C) * share // len(a)
-    keys, keys_turned = np.empty((width, n), np.float32), np.empty((n, width), np.float32)
+    """Of the loss by every input, nothing having been kept. by_dt and by_a are added to; by_skip (c h,): each chunk's
+    part."""
+    m, heads = a.shape[1], len(skip)
+    share, p = heads // groups, grad.shape[1] // heads
+    n = (inputs.shape[1] - grad.shape[1]) // (2 * groups)
+    keys, keys_turned = np.empty((m, n), np.float32), np.empty((n, m), np.float32)
     queries, queries_turned = np.empty((m, n), np.float32), np.empty((n, m), np.float32)
-    inputs, inputs_turned = np.empty((width, p), np.float32), np.empty((p, width), np.float32)
+    own, own_turned = np.empty((m, p), np.float32), np.empty((p, m), np.float32)
     slope, slope_turned = np.empty((m, p), np.float32), np.empty((p, m), np.float32)
-    for group in range(start, stop):
-        load(keys, B, group * width, 0, width)
-        load(queries, C, group * m, 0, m)
-        load_turned(keys_turned, B, group * width, 0)
-        load_turned(queries_turned, C, group * m, 0)
-        scores, by_scores = zeros(m, width), zeros(m, width)
-        add_product(scores, 0, m, width, queries, 0, keys_turned, 0, n)
-        keys_out, queries_out = zeros(n, width), zeros(n, m)  # through the states, turned
-        for index in range(group * share, (group + 1) * share):
-            out, skipped = zeros(width, p), np.zeros(p, np.float32)
-            load(inputs, x, index * width, 0, width)
-            load_turned(inputs_turned, x, index * width, 0)
-            load(slope, grad, index // heads * m, index % heads * p, m)
-            load_turned(slope_turned, grad, index // heads * m, index % heads * p)
-            add_dots(skipped, slope, inputs)
+    for task in range(start, stop):
+        chunk, group = task // groups, task % groups
+        row, count = rows[chunk], counts[chunk]
+        of_keys = heads * p + group * n
+        of_queries = of_keys + groups * n
+        load(keys, inputs, row, of_keys, count)
+        load(queries, inputs, row, of_queries, count)
+        load_turned(keys_turned, keys, 0, 0)
+        load_turned(queries_turned, queries, 0, 0)
+        scores, by_scores = zeros(m, m), zeros(m, m)
+        add_product(scores, 0, m, m, queries, 0, keys_turned, 0, n)
+        keys_out, queries_out = zeros(n, m), zeros(n, m)  # through the states, turned
+        for head in range(group * share, (group + 1) * share):
+            index = chunk * heads + head
+            out, skipped = zeros(m, p), np.zeros(p, np.float32)
+            load(own, inputs, row, head * p, count)
+            load(slope, grad, row, head * p, count)
+            load_turned(own_turned, own, 0, 0)
+            load_turned(slope_turned, slope, 0, 0)
+            add_dots(skipped, slope, own)
             by_skip[index] = f(0)
             for q in range(p):
                 by_skip[index] += skipped[q]
             for i in range(m):
                 for q in range(p):
-                    out[i, q] = skip[index % heads] * slope[i, q]
-            within_chunk(dt, a, index, scores, inputs_turned, slope, by_scores, out, by_dt, by_a)
+                    out[i, q] = skip[head] * slope[i, q]
+            within_chunk(dt, a, index, scores, own_turned, slope, by_scores, out, by_dt, by_a)
             if len(before) > 0:
                 state = np.empty((n, p), np.float32)
                 load(state, before, index * n, 0, n)
                 through_reads(a, index, state, queries_turned, slope_turned, queries_out, by_a)
                 load(state, by_writes, index * n, 0, n)
-                through_writes(dt, a, index, state, keys_turned, inputs_turned, keys_out, out, by_dt, by_a)
-            store(by_x, index * width, 0, out)
-        by_keys, by_queries = np.empty((width, n), np.float32), np.empty((m, n), np.float32)
+                through_writes(dt, a, index, state, keys_turned, own_turned, keys_out, out, by_dt, by_a)
+            store_rows(by_inputs, row, head * p, out, count)
+        by_keys, by_queries = np.empty((m, n), np.float32), np.empty((m, n), np.float32)
         load_turned(by_keys, keys_out, 0, 0)
         load_turned(by_queries, queries_out, 0, 0)
-        add_product(by_keys, 0, width, n, by_scores.T, 0, queries, 0, m)
-        add_product(by_queries, 0, m, n, by_scores, 0, keys, 0, width)
-        store(by_B, group * width, 0, by_keys)
-        store(by_C, group * m, 0, by_queries)
+        add_product(by_keys, 0, m, n, by_scores.T, 0, queries, 0, m)
+        add_product(by_queries, 0, m, n, by_scores, 0, keys, 0, m)
+        store_rows(by_inputs, row, of_keys, by_keys, count)
+        store_rows(by_inputs, row, of_queries, by_queries, count)
 
 
 @piece

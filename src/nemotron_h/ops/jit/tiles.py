@@ -129,12 +129,19 @@ def add_causal_product(out, begin, end, factors, rows, first):  # type: ignore[n
 
 
 @piece
+def load_rows(tile, array, first, column, rows, columns):  # type: ignore[no-untyped-def]
+    """Fill the first rows and columns of a tile with those of an array from a place on."""
+    compile_once()
+    for i in range(rows):
+        for j in range(columns):
+            tile[i, j] = read(array, first + i, column + j)
+
+
+@piece
 def load(tile, array, first, column, count):  # type: ignore[no-untyped-def]
     """Fill a tile with the rows of an array from first on, their columns from column on; zeros after count rows."""
     compile_once()
-    for i in range(count):
-        for j in range(tile.shape[1]):
-            tile[i, j] = read(array, first + i, column + j)
+    load_rows(tile, array, first, column, count, tile.shape[1])
     for i in range(count, tile.shape[0]):
         for j in range(tile.shape[1]):
             tile[i, j] = f(0)
@@ -150,12 +157,19 @@ def load_turned(tile, array, first, column):  # type: ignore[no-untyped-def]
 
 
 @piece
-def store(array, first, column, tile):  # type: ignore[no-untyped-def]
-    """The inverse of `load`."""
+def store_rows(array, first, column, tile, count):  # type: ignore[no-untyped-def]
+    """The inverse of `load`, for the first rows of a tile."""
     compile_once()
-    for i in range(tile.shape[0]):
+    for i in range(count):
         for j in range(tile.shape[1]):
             write(array, first + i, column + j, tile[i, j])
+
+
+@piece
+def store(array, first, column, tile):  # type: ignore[no-untyped-def]
+    """The same for all of them."""
+    compile_once()
+    store_rows(array, first, column, tile, tile.shape[0])
 
 
 @piece

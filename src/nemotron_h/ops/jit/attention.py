@@ -1,0 +1,105 @@
+"""Queries against the blocks of keys that they see, with a running softmax. Definition: `ops/attention.py`.
+
+q, out (rows, f d) float32 or bfloat16 bits; keys (pages k d, BLOCK) and values (pages k BLOCK, d) of the same kind:
+keys stand turned, one row a channel. A task is one key head and one piece of queries that lie in one block; the query
+heads that read that key head are rows of one product. A row's numbers depend on its own place alone: blocks come in
+order, each element of a product is one chain of sums.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from nemotron_h.ops.jit.kernels import kernel
+from nemotron_h.ops.jit.scalars import LANES, compile_once, exp, f, piece, read, write
+from nemotron_h.ops.jit.tiles import HEIGHT, add_product, load_rows
+
+
+@kernel(1)
+def attend(
+    start: Any, stop: Any, q: Any, keys: Any, values: Any, table: Any, owner: Any, rows: Any, counts: Any,
+    positions: Any, heads: Any, out: Any,
+) -> None:  # fmt: skip
+    """table (s, blocks): the pages of each sequence; owner, rows, counts, positions (pieces,): each piece's sequence,
+    first row, number of queries and the place of the first. heads: of keys."""
+    d, size = values.shape[1], keys.shape[1]
+    group, most = q.shape[1] // d // heads, max(counts) * (q.shape[1] // d // heads)
+    queries, scores, total = (
+        np.empty((most, d), np.float32),
+        np.empty((most, size), np.float32),
+        np.empty((most, d), np.float32),
+    )
+    block_keys, block_values = np.empty((d, size), np.float32), np.empty((size, d), np.float32)
+    tops, sums, seen = np.empty(most, np.float32), np.empty(most, np.float32), np.empty(most, np.int64)
+    scale = f(1) / np.sqrt(f(d))
+    for task in range(start, stop):
+        part, head = task // heads, task % heads
+        row, first, m = rows[part], positions[part], counts[part] * group
+        for i in range(m):
+            column = (head * group + i % group) * d
+            for c in range(d):
+                queries[i, c] = read(q, row + i // group, column + c) * scale
+            for c in range(d):
+                total[i, c] = f(0)
+            tops[i], sums[i] = -np.inf, f(0)
+        for block in range(first // size + 1):
+            page = table[owner[part], block] * heads + head
+            for i in range(m):
+                seen[i] = min(first + i // group + 1 - block * size, size)
+            load_rows(block_keys, keys, page * d, 0, d, -(-seen[m - 1] // LANES) * LANES)
+            load_rows(block_values, values, page * size, 0, seen[m - 1], d)
+            for i in range(0, m, HEIGHT):
+                end = min(i + HEIGHT, m)
+                width = -(-seen[end - 1] // LANES) * LANES
+                score(scores, i, end, width, queries, block_keys)
+                for k in range(i, end):
+                    weigh(scores[k], seen[k], width, tops, sums, k, total[k])
+                add_product(total, i, end, d, scores, 0, block_values, 0, seen[i])
+                for k in range(i + 1, end):
+                    add_product(total, k, k + 1, d, scores, seen[i], block_values, seen[i], seen[k] - seen[i])
+        for i in range(m):
+            column = (head * group + i % group) * d
+            for c in range(d):
+                write(out, row + i // group, column + c, total[i, c] / sums[i])
+
+
+@piece
+def score(scores, begin, end, width, queries, keys):  # type: ignore[no-untyped-def]
+    """scores[i, :width] = queries[i] . keys, begin <= i < end"""
+    compile_once()
+    for i in range(begin, end):
+        for j in range(width):
+            scores[i, j] = f(0)
+    add_product(scores, begin, end, width, queries, 0, keys, 0, keys.shape[0])
+
+
+@piece
+def weigh(row, seen, width, tops, sums, i, total):  # type: ignore[no-untyped-def]
+    """Scores of a block become weights by the largest score so far; what was summed before is scaled to it."""
+    compile_once()
+    for j in range(seen, width):
+        row[j] = -np.inf
+    lanes = np.full(LANES, -np.inf, np.float32)
+    for first in range(0, width, LANES):
+        for k in range(LANES):
+            lanes[k] = max(lanes[k], row[first + k])
+    top = tops[i]
+    for k in range(LANES):
+        top = max(top, lanes[k])
+    for j in range(width):
+        row[j] = exp(row[j] - top)
+    for j in range(seen, width):
+        row[j] = f(0)
+    for k in range(LANES):
+        lanes[k] = f(0)
+    for first in range(0, width, LANES):
+        for k in range(LANES):
+            lanes[k] += row[first + k]
+    added = f(0)
+    for k in range(LANES):
+        added += lanes[k]
+    gain = exp(tops[i] - top)
+    sums[i] = sums[i] * gain + added
+    tops[i] = top
+    for c in range(total.shape[0]):
+        total[c] *= gain
