@@ -1,6 +1,7 @@
 """One arithmetic: logits and states have the same bits however a prompt is cut and whoever is computed beside it."""
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise, product
 
@@ -254,8 +255,7 @@ def test_a_state_is_refused_where_gradients_are_wanted(pattern: str) -> None:
 
 
 def test_a_frozen_embedding_does_not_let_a_state_through() -> None:
-    net = model("8b")
-    net.requires_grad_(True)
+    net = deepcopy(model("8b"))
     net.backbone.embeddings.weight.requires_grad_(False)
     with pytest.raises(ShapeError, match=r"^state: must be None where gradients are wanted"):
         net(random_tokens(1, 3, seed=0), net.empty_state(1))

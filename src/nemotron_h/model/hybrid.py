@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nemotron_h.config.model import AttentionConfig, LayerConfig, MambaConfig, MlpConfig, ModelConfig
 from nemotron_h.errors import ShapeError, UnsupportedError
 from nemotron_h.model.attention import Attention
-from nemotron_h.model.linear import Linear, linear
+from nemotron_h.model.linear import Linear, linear, packed
 from nemotron_h.model.mamba import Gain, Mamba
 from nemotron_h.model.mlp import Mlp
 from nemotron_h.model.state import AttentionState, MambaState, Paging, State
@@ -95,6 +95,12 @@ class Hybrid(nn.Module):
     def head_weight(self) -> nn.Parameter:
         """(vocab, hidden): the head's own, or the embedding's where they are tied."""
         return self.backbone.embeddings.weight if self.config.tied_embeddings else self.lm_head.weight
+
+    def pack(self) -> None:
+        """Lay every matrix out for reading, in place, one after the other; it is then not trained any more."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.weight = nn.Parameter(packed(module.weight.detach()), requires_grad=False)
 
     def empty_state(self, batch: int) -> State:
         """A state before the first token of so many sequences."""

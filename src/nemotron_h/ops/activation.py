@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemotron_h.ops.shapes import first_order
+from nemotron_h.ops.shapes import first_order, wants_gradient
 
 
 def silu(x: Tensor) -> Tensor:
@@ -25,6 +25,8 @@ def softplus(x: Tensor) -> Tensor:
 
 def relu2(x: Tensor) -> Tensor:
     """max(x, 0)^2, in x's dtype."""
+    if not wants_gradient(x):
+        return torch.relu(x).square_()
     return _Relu2.apply(x)  # type: ignore[no-any-return,no-untyped-call]
 
 

@@ -67,8 +67,8 @@ def _causal_conv(x: Tensor, weight: Tensor, bias: Tensor, segments: Segments, ca
 
 
 def _taps(weight: Tensor, bias: Tensor) -> tuple[Any, Any]:
-    """As the kernels read them: (kernel, channels) and (channels), float32."""
-    return array(weight[:, 0].T.float().contiguous()), array(bias.float().contiguous())
+    """As the kernels read them: (kernel, channels) and (channels)."""
+    return array(weight[:, 0].T.contiguous()), array(bias)
 
 
 class _CausalConv(torch.autograd.Function):

@@ -60,7 +60,7 @@ def gated_rms_norm_torch(y: Tensor, z: Tensor, gain: Tensor, num_groups: int, ep
 
 def _rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype)
-    jit.forward(len(x), array(x.contiguous()), array(gain.float()), f(epsilon), array(out))
+    jit.forward(len(x), array(x.contiguous()), array(gain), f(epsilon), array(out))
     return out
 
 
@@ -78,7 +78,7 @@ class _RmsNorm(torch.autograd.Function):
         x, gain = ctx.saved_tensors
         grad_x, partial = torch.empty_like(x), _parts(x)
         jit.backward(
-            len(partial), array(x), array(gain.float()), f(ctx.epsilon), array(grad.contiguous()), array(grad_x),
+            len(partial), array(x), array(gain), f(ctx.epsilon), array(grad.contiguous()), array(grad_x),
             array(partial),
         )  # fmt: skip
         return grad_x, partial.double().sum(0).to(gain.dtype), None
@@ -86,7 +86,7 @@ class _RmsNorm(torch.autograd.Function):
 
 def _gated_rms_norm(y: Tensor, z: Tensor, gain: Tensor, num_groups: int, epsilon: float) -> Tensor:
     out = torch.empty(z.shape, dtype=z.dtype)
-    jit.gated_forward(len(y), array(y.contiguous()), *lines(z), array(gain.float()), num_groups, f(epsilon), array(out))
+    jit.gated_forward(len(y), array(y.contiguous()), *lines(z), array(gain), num_groups, f(epsilon), array(out))
     return out
 
 
@@ -105,7 +105,7 @@ class _GatedRmsNorm(torch.autograd.Function):
         num_groups, epsilon = ctx.settings
         grad_y, grad_z, partial = torch.empty_like(y), torch.empty(z.shape, dtype=z.dtype), _parts(y)
         jit.gated_backward(
-            len(partial), array(y), *lines(z), array(gain.float()), num_groups, f(epsilon), array(grad.contiguous()),
+            len(partial), array(y), *lines(z), array(gain), num_groups, f(epsilon), array(grad.contiguous()),
             array(grad_y), array(grad_z), array(partial),
         )  # fmt: skip
         return grad_y, grad_z, partial.double().sum(0).to(gain.dtype), None, None

@@ -1,8 +1,8 @@
 """Causal conv and SiLU in one pass over memory, and their gradient in another. Definition: `ops/conv.py`.
 
-x (a line of rows, `step` elements from one to the next) and out (rows, channels) float32 or bfloat16 bits; taps
-(kernel, channels) and bias (channels) float32; owner and place (rows,): each row's segment and its place in it, -1 for
-padding. Taps are added oldest first, as the definition does.
+x (a line of rows, `step` elements from one to the next), taps (kernel, channels), bias (channels) and out (rows,
+channels) float32 or bfloat16 bits; owner and place (rows,): each row's segment and its place in it, -1 for padding.
+Taps are added oldest first, as the definition does.
 """
 
 from typing import Any
@@ -23,16 +23,16 @@ def forward(
     total = np.empty(channels, np.float32)
     for t in range(start, stop):
         for j in range(channels):
-            total[j] = bias[j] if place[t] >= 0 else f(0)
+            total[j] = read_at(bias, j) if place[t] >= 0 else f(0)
         for k in range(width if place[t] >= 0 else 0):
             back = width - 1 - k
             if place[t] >= back:
                 for j in range(channels):
-                    total[j] += read_at(x, (t - back) * step + j) * taps[k, j]
+                    total[j] += read_at(x, (t - back) * step + j) * read(taps, k, j)
             else:
                 row = owner[t] * (width - 1) + width - 1 + place[t] - back
                 for j in range(channels):
-                    total[j] += read(carried, row, j) * taps[k, j]
+                    total[j] += read(carried, row, j) * read(taps, k, j)
         for j in range(channels):
             write(out, t, j, total[j] * sigmoid(total[j]))
 
@@ -68,12 +68,12 @@ def backward(
             if place[t] < 0:
                 continue
             for j in range(channels):
-                total[j] = bias[j]
+                total[j] = read_at(bias, j)
             for k in range(width):
                 back = width - 1 - k
                 if place[t] >= back:
                     for j in range(channels):
-                        total[j] += read_at(x, (t - back) * step + j) * taps[k, j]
+                        total[j] += read_at(x, (t - back) * step + j) * read(taps, k, j)
             for j in range(channels):
                 gate = sigmoid(total[j])
                 slope[t - first, j] = read(grad, t, j) * gate * (f(1) + total[j] * (f(1) - gate))
@@ -86,7 +86,7 @@ def backward(
                 ahead = width - 1 - k  # tap k of the output that many rows on reads row t
                 if t + ahead < rows and place[t + ahead] >= ahead:
                     for j in range(channels):
-                        total[j] += slope[t - first + ahead, j] * taps[k, j]
+                        total[j] += slope[t - first + ahead, j] * read(taps, k, j)
                     for j in range(channels):
                         partial[part, k, j] += slope[t - first + ahead, j] * read_at(x, t * step + j)
             for j in range(channels):

@@ -1,7 +1,7 @@
 """RMSNorm and gate + grouped RMSNorm in one pass each, and their gradients. Definition: `ops/norm.py`.
 
-x, out (rows, channels) float32 or bfloat16 bits; z a line of such rows, `step` elements from one to the next; y (rows,
-channels) and gain (channels) float32. A group's sum of squares is taken in LANES partial sums, added first to last: one
+x, out (rows, channels) and gain (channels) float32 or bfloat16 bits; z a line of such rows, `step` elements from one to
+the next; y (rows, channels) float32. A group's sum of squares is taken in LANES partial sums, added first to last: one
 order, whatever the vector width.
 """
 
@@ -40,7 +40,7 @@ def forward(start: Any, stop: Any, x: Any, gain: Any, epsilon: Any, out: Any) ->
             row[j] = read(x, t, j)
         scale = f(1) / np.sqrt(dot(row, row, 0, channels) / f(channels) + epsilon)
         for j in range(channels):
-            write(out, t, j, row[j] * scale * gain[j])
+            write(out, t, j, row[j] * scale * read_at(gain, j))
 
 
 @kernel(1)
@@ -58,7 +58,7 @@ def backward(start: Any, stop: Any, x: Any, gain: Any, epsilon: Any, grad: Any, 
             for j in range(channels):
                 partial[part, j] += slope[j] * row[j] * scale
             for j in range(channels):
-                slope[j] *= gain[j]
+                slope[j] *= read_at(gain, j)
             pull = dot(slope, row, 0, channels) * scale * scale / f(channels)
             for j in range(channels):
                 write(grad_x, t, j, scale * (slope[j] - row[j] * pull))
@@ -79,7 +79,7 @@ def gated_forward(
         for first in range(0, channels, width):
             scale = f(1) / np.sqrt(dot(row, row, first, first + width) / f(width) + epsilon)
             for j in range(first, first + width):
-                write(out, t, j, row[j] * scale * gain[j])
+                write(out, t, j, row[j] * scale * read_at(gain, j))
 
 
 @kernel(1)
@@ -115,7 +115,7 @@ def gated_backward(
                 for j in range(first, last):
                     partial[part, j] += slope[j] * row[j] * scale
                 for j in range(first, last):
-                    slope[j] *= gain[j]
+                    slope[j] *= read_at(gain, j)
                 pull = dot(slope, row, first, last) * scale * scale / f(width)
                 for j in range(first, last):
                     slope[j] = scale * (slope[j] - row[j] * pull)  # by what the gate let through

@@ -52,7 +52,8 @@ def runs(*tensors: Tensor) -> bool:
 
 def array(tensor: Tensor) -> Any:
     """The tensor's memory as numpy: float32, or the bits of bfloat16 as uint16."""
-    tensor = tensor.detach()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 

@@ -1,0 +1,144 @@
+"""What this machine has and can do: cores, memory, the container's limits, and rates measured when asked.
+
+Facts come from the operating system, limits from the control groups that the process is in (a container's memory is
+less than the machine's). Rates are measured, never looked up: a laptop without the instructions multiplies bfloat16
+tens of times slower than float32, and says nothing of it.
+"""
+
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+import torch.nn.functional as F
+
+CGROUPS = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
+# What decides which kernels run, in the words of the compiler that makes ours.
+FEATURES = ("fma", "avx2", "avx512f", "avx512vnni", "avx512bf16", "amx-tile", "amx-bf16", "neon", "bf16", "sve")
+CANDIDATES = {"bfloat16": torch.bfloat16, "float32": torch.float32}  # in the order of what they cost in memory
+WORTH = 1 / 3  # of float32's rate: what bfloat16 may lose in prefill, for half the bytes that each new token reads
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes. limit_bytes: what this process may have at all; available_bytes: what is left of it now."""
+
+    total_bytes: int  # of the machine
+    limit_bytes: int  # the smaller of that and the container's
+    available_bytes: int
+
+
+def memory(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> Memory:
+    """The machine's memory and the container's limit on it, where there is one."""
+    machine = psutil.virtual_memory()
+    limit, available = machine.total, machine.available
+    for group in groups("memory", cgroups, membership):
+        most = number(group / "memory.max") or number(group / "memory.limit_in_bytes")
+        used = number(group / "memory.current") or number(group / "memory.usage_in_bytes")
+        if most is None or used is None or most >= machine.total:
+            continue
+        # files that were read lie in memory only until it is needed
+        stat = dict(line.split() for line in text(group / "memory.stat").splitlines() if len(line.split()) == 2)
+        cached = int(stat.get("inactive_file", stat.get("total_inactive_file", 0)))
+        limit, available = min(limit, most), min(available, max(0, most - used + cached))
+    return Memory(machine.total, limit, available)
+
+
+def cores(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
+    """Cores that this process may use: the machine's, those it is bound to, and the container's share of time."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for group in groups("cpu", cgroups, membership):
+        quota, _, period = text(group / "cpu.max").partition(" ")
+        quota, period = quota or text(group / "cpu.cfs_quota_us"), period or text(group / "cpu.cfs_period_us")
+        if quota.isdigit() and period.isdigit() and int(period):
+            count = min(count, max(1, math.ceil(int(quota) / int(period))))
+    return count
+
+
+def groups(controller: str, cgroups: Path, membership: Path) -> list[Path]:
+    """Folders of the control groups that this process is in, innermost first, of either version."""
+    found = []
+    for line in text(membership).splitlines():
+        _, controllers, inside = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        top = cgroups / controller if controllers else cgroups
+        # in a namespace of its own, a container sees its group as the top
+        path = Path(inside.lstrip("/"))
+        found += [top / part for part in (path, *path.parents)]
+    return list(dict.fromkeys(found))
+
+
+def text(path: Path) -> str:
+    """A small file's text, nothing where there is none."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def number(path: Path) -> int | None:
+    """A file's one number; None where it says "max" or is not there."""
+    content = text(path)
+    return int(content) if content.isdigit() else None
+
+
+def cpu_name() -> str:
+    for line in text(Path("/proc/cpuinfo")).splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def cpu_features() -> tuple[str, ...]:
+    """Those of FEATURES that this CPU has."""
+    try:
+        from llvmlite.binding import get_host_cpu_features  # noqa: PLC0415 - the kernels' compiler, which may be absent
+    except ImportError:
+        return ()
+    features = get_host_cpu_features()
+    return tuple(name for name in FEATURES if features.get(name))
+
+
+def fastest(calls: Sequence[Callable[[], object]], for_seconds: float) -> list[float]:
+    """Seconds of the fastest run of each call. They take turns: other programs can only make a run slower, and then
+    each call alike."""
+    best = [math.inf] * len(calls)
+    for call in calls:
+        call()
+    end = time.perf_counter() + for_seconds
+    while time.perf_counter() < end or math.inf in best:
+        for index, call in enumerate(calls):
+            began = time.perf_counter()
+            call()
+            best[index] = min(best[index], time.perf_counter() - began)
+    return best
+
+
+def matmul_rates(device: torch.device | str = "cpu", size: int = 512, rows: int = 128) -> dict[str, float]:
+    """Operations per second of one product (rows, size) x (size, size) in each of CANDIDATES, a multiplication and an
+    addition being two."""
+
+    def product(dtype: torch.dtype) -> Callable[[], object]:
+        x, weight = (torch.ones(n, size, dtype=dtype, device=device) for n in (rows, size))
+        return lambda: F.linear(x, weight)[0, 0].item()  # item: a GPU computes after the call has returned
+
+    times = fastest([product(dtype) for dtype in CANDIDATES.values()], for_seconds=0.1)
+    return {name: 2 * rows * size * size / taken for name, taken in zip(CANDIDATES, times, strict=True)}
+
+
+def bandwidth(size_bytes: int = 2**28) -> float:
+    """Bytes per second at which all threads together read memory that no cache holds."""
+    values = torch.ones(size_bytes // 4)
+    return size_bytes / fastest([values.sum], for_seconds=0.3)[0]
+
+
+def best_precision(rates: Mapping[str, float]) -> str:
+    """bfloat16, or float32 where bfloat16 is slower than it is worth. rates: of `matmul_rates`."""
+    return "bfloat16" if rates["bfloat16"] >= WORTH * rates["float32"] else "float32"
