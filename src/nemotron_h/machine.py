@@ -39,8 +39,8 @@ def memory(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> Memory:
     machine = psutil.virtual_memory()
     limit, available = machine.total, machine.available
     for group in groups("memory", cgroups, membership):
-        most = number(group / "memory.max") or number(group / "memory.limit_in_bytes")
-        used = number(group / "memory.current") or number(group / "memory.usage_in_bytes")
+        most = number(group / "memory.max", group / "memory.limit_in_bytes")
+        used = number(group / "memory.current", group / "memory.usage_in_bytes")
         if most is None or used is None or most >= machine.total:
             continue
         # files that were read lie in memory only until it is needed
@@ -83,10 +83,9 @@ def text(path: Path) -> str:
         return ""
 
 
-def number(path: Path) -> int | None:
-    """A file's one number; None where it says "max" or is not there."""
-    content = text(path)
-    return int(content) if content.isdigit() else None
+def number(*paths: Path) -> int | None:
+    """The one number in the first of these files that has one: some are not there, some say "max"."""
+    return next((int(content) for path in paths if (content := text(path)).isdigit()), None)
 
 
 def cpu_name() -> str:
@@ -127,7 +126,11 @@ def matmul_rates(device: torch.device | str = "cpu", size: int = 512, rows: int 
 
     def product(dtype: torch.dtype) -> Callable[[], object]:
         x, weight = (torch.ones(n, size, dtype=dtype, device=device) for n in (rows, size))
-        return lambda: F.linear(x, weight)[0, 0].item()  # item: a GPU computes after the call has returned
+
+        def call() -> float:
+            return F.linear(x, weight)[0, 0].item()  # item: a GPU computes after the product has returned
+
+        return call
 
     times = fastest([product(dtype) for dtype in CANDIDATES.values()], for_seconds=0.1)
     return {name: 2 * rows * size * size / taken for name, taken in zip(CANDIDATES, times, strict=True)}

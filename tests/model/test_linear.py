@@ -71,7 +71,9 @@ def test_what_cannot_be_packed_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuse)
     room.said_once.cache_clear()
     weight = torch.randn(8, 16)
-    with pytest.warns(UserWarning, match=r"^matrices cannot be packed here \(bf16 path needs the cpu support avx512bw\)"):
+    with pytest.warns(
+        UserWarning, match=r"^matrices cannot be packed here \(bf16 path needs the cpu support avx512bw\)"
+    ):
         assert packed(weight) is weight
     assert packed(weight) is weight  # said once
 

@@ -92,6 +92,10 @@ class Hybrid(nn.Module):
         return linear(hidden, self.head_weight).float()
 
     @property
+    def layers(self) -> list["Layer"]:
+        return list(self.backbone.layers)  # type: ignore[arg-type]
+
+    @property
     def head_weight(self) -> nn.Parameter:
         """(vocab, hidden): the head's own, or the embedding's where they are tied."""
         return self.backbone.embeddings.weight if self.config.tied_embeddings else self.lm_head.weight

@@ -1,8 +1,8 @@
 """A matrix without bias, cast to the dtype of what it multiplies: float32 master weights train a bfloat16 product.
 
 A matrix that is only read can be packed: laid out once as oneDNN streams it, in place of the plain rows. Decoding reads
-every matrix for each token, so it runs at the rate of memory, and packed rows stream about twice as fast. bfloat16 keeps
-its bits; a float32 product is summed in another order than the plain one's, the same one for any number of rows.
+every matrix for each token, so it runs at the rate of memory, and packed rows stream about twice as fast. bfloat16
+keeps its bits; a float32 product is summed in another order than the plain one's, the same one for any number of rows.
 """
 
 import torch
@@ -25,8 +25,8 @@ class Linear(nn.Module):
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (rows, in) and weight (out, in), plain and cast to x's dtype, or packed in it: (rows, out). A row's bits depend on
-    that row alone where rows is a multiple of ROWS: channels are filled up with zeros to a multiple of DEPTH."""
+    """x (rows, in) and weight (out, in), plain and cast to x's dtype, or packed in it: (rows, out). A row's bits depend
+    on that row alone where rows is a multiple of ROWS: channels are filled up with zeros to a multiple of DEPTH."""
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")  # type: ignore[no-any-return]
     weight, spare = weight.to(x.dtype), -x.shape[-1] % DEPTH
@@ -36,8 +36,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def packed(weight: Tensor) -> Tensor:
-    """The same matrix as oneDNN streams it, an opaque tensor of its shape and dtype (`to_dense` is the way back); itself
-    where that cannot be: on a GPU, in a torch without it, on a CPU that has no bfloat16 products of its own."""
+    """The same matrix as oneDNN streams it, an opaque tensor of its shape and dtype (`to_dense` is the way back); or
+    itself, where that cannot be: on a GPU, in a torch without it, on a CPU without bfloat16 products of its own."""
     if weight.device.type != "cpu" or weight.shape[1] % DEPTH or weight.is_mkldnn:
         return weight
     try:

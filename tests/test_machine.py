@@ -1,0 +1,110 @@
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from nemotron_h import machine
+
+GIB = 2**30
+
+
+def written(root: Path, files: dict[str, str]) -> Path:
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(content + "\n")
+    return root
+
+
+def belonging(tmp_path: Path, *lines: str) -> Path:
+    path = tmp_path / "membership"
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+def test_without_a_container_it_is_the_machines(tmp_path: Path) -> None:
+    found = machine.memory(tmp_path, tmp_path / "none")
+    assert found.total_bytes == found.limit_bytes == psutil.virtual_memory().total
+    assert abs(found.available_bytes - psutil.virtual_memory().available) < GIB
+    assert 1 <= machine.cores(tmp_path, tmp_path / "none") <= os.cpu_count()
+
+
+def test_a_containers_limit_counts_and_files_read_do_not(tmp_path: Path) -> None:
+    stat = f"anon 5\ninactive_file {GIB // 4}"
+    files = {"app/memory.max": str(GIB), "app/memory.current": str(GIB // 2), "app/memory.stat": stat}
+    found = machine.memory(written(tmp_path, files), belonging(tmp_path, "0::/app"))
+    assert found.limit_bytes == GIB
+    assert found.available_bytes == min(GIB * 3 // 4, psutil.virtual_memory().available)
+    assert found.total_bytes == psutil.virtual_memory().total
+
+
+def test_the_tightest_of_the_groups_around_it_counts(tmp_path: Path) -> None:
+    root = written(
+        tmp_path,
+        {
+            "a/memory.max": str(GIB),
+            "a/memory.current": str(GIB),
+            "a/b/memory.max": "max",
+            "a/b/memory.current": "7",
+            "a/cpu.max": "150000 100000",
+            "a/b/cpu.max": "max 100000",
+        },
+    )
+    inside = belonging(tmp_path, "0::/a/b")
+    assert machine.memory(root, inside).limit_bytes == GIB
+    assert machine.memory(root, inside).available_bytes == 0
+    assert machine.cores(root, inside) == min(2, machine.cores(tmp_path / "none", inside))
+
+
+def test_a_container_that_sees_its_group_as_the_top(tmp_path: Path) -> None:
+    root = written(tmp_path, {"memory.max": str(GIB), "memory.current": "0", "cpu.max": "50000 100000"})
+    inside = belonging(tmp_path, "0::/docker/abc")
+    assert machine.memory(root, inside).limit_bytes == GIB
+    assert machine.cores(root, inside) == 1
+
+
+def test_groups_of_the_first_version(tmp_path: Path) -> None:
+    root = written(
+        tmp_path,
+        {
+            "memory/x/memory.limit_in_bytes": str(GIB),
+            "memory/x/memory.usage_in_bytes": str(GIB // 2),
+            "memory/x/memory.stat": "total_inactive_file 1024",
+            "cpu,cpuacct/x/cpu.cfs_quota_us": "-1",
+            "cpu/x/cpu.cfs_quota_us": "100000",
+            "cpu/x/cpu.cfs_period_us": "100000",
+        },
+    )
+    inside = belonging(tmp_path, "4:memory:/x", "1:cpu:/x", "0::/")
+    assert machine.memory(root, inside).limit_bytes == GIB
+    assert machine.memory(root, inside).available_bytes == GIB // 2 + 1024
+    assert machine.cores(root, inside) == 1
+
+
+def test_no_limit_is_written_as_a_very_large_one(tmp_path: Path) -> None:
+    root = written(tmp_path, {"memory/memory.limit_in_bytes": str(2**63 - 4096), "memory/memory.usage_in_bytes": "5"})
+    found = machine.memory(root, belonging(tmp_path, "4:memory:/x"))
+    assert found.limit_bytes == found.total_bytes
+
+
+@pytest.mark.parametrize(
+    ("bfloat16", "float32", "want"), [(400.0, 170.0, "bfloat16"), (60.0, 170.0, "bfloat16"), (15.0, 170.0, "float32")]
+)
+def test_bfloat16_is_taken_where_it_is_not_three_times_slower(bfloat16: float, float32: float, want: str) -> None:
+    assert machine.best_precision({"bfloat16": bfloat16, "float32": float32}) == want
+
+
+def test_the_slower_call_is_found_to_be_slower() -> None:
+    small, large = torch.randn(16, 16), torch.randn(600, 600)
+    quick, slow = machine.fastest([lambda: small @ small, lambda: large @ large], for_seconds=0.02)
+    assert 0 < quick < slow
+    rates = machine.matmul_rates(size=64, rows=8)
+    assert set(rates) == {"bfloat16", "float32"}
+    assert all(rate > 1e6 for rate in rates.values())
+    assert machine.bandwidth(2**20) > 1e6
+
+
+def test_the_cpu_has_a_name_and_features_that_are_known() -> None:
+    assert machine.cpu_name()
+    assert set(machine.cpu_features()) <= set(machine.FEATURES)
