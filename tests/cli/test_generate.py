@@ -13,6 +13,7 @@ import pytest
 
 from nemotron_h.checkpoint.load import load as load_model
 from nemotron_h.checkpoint.save import save
+from nemotron_h.config.sampling import Sampling
 from nemotron_h.inference.load import LanguageModel, load
 
 Command = Callable[..., Any]
@@ -57,6 +58,37 @@ def test_text_as_it_comes_and_as_json(command: Command, folder: Path, tmp_path: 
         ended = command("generate", folder, "def f", "--stop", stop, *extra, *options)
         cut = text[: text.index(stop)]
         assert ended.out == (json.dumps({"text": cut}) + "\n" if extra else cut + "\n")
+
+
+def test_the_checkpoints_defaults_are_taken_where_no_option_is_given(command: Command, folder: Path) -> None:
+    drawn = {"do_sample": True, "temperature": 0.9, "top_k": 20, "top_p": 0.9}
+    (folder / "generation_config.json").write_text(json.dumps(drawn))
+    language, tail = load(folder), ["--max-tokens", 20, "--seed", 4, "--ignore-end", "--json"]
+
+    def text(**options: Any) -> dict[str, str]:
+        sampling = Sampling(seed=4, **options)
+        pieces = language.stream("def f", max_tokens=20, sampling=sampling, ignore_end=True)
+        return {"text": "".join(pieces)}
+
+    by_default = text(temperature=0.9, top_k=20, top_p=0.9)
+    assert json.loads(command("generate", folder, "def f", *tail).out) == by_default
+    assert by_default["text"] == language.generate("def f", max_tokens=20, seed=4, ignore_end=True)
+    others = [text(temperature=0.9, top_k=3, top_p=0.9), text(), text(temperature=0.9)]
+    assert by_default not in others
+    assert json.loads(command("generate", folder, "def f", "--top-k", 3, *tail).out) == others[0]
+    assert json.loads(command("generate", folder, "def f", "--temperature", 0, *tail).out) == others[1]
+    assert json.loads(command("generate", folder, "def f", "--ignore-defaults", *tail).out) == others[1]
+    own = ["--ignore-defaults", "--temperature", 0.9]
+    assert json.loads(command("generate", folder, "def f", *own, *tail).out) == others[2]
+
+
+def test_a_default_that_cannot_be_honoured_tells_what_to_do(command: Command, folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"repetition_penalty": 1.2}')
+    assert command("generate", folder, "x").line == (
+        "generation_config.json: repetition_penalty is not supported; got 1.2; draw without the checkpoint's defaults: "
+        "--ignore-defaults, or sampling=Sampling(...)"
+    )
+    assert command("generate", folder, "x", "--ignore-defaults", "--max-tokens", 2).code == 0
 
 
 def test_ids_as_a_line(command: Command, folder: Path) -> None:

@@ -21,7 +21,8 @@ def test_a_wrong_letter_is_named_with_its_place(pattern: str, letter: str, place
 
 def test_experts_are_refused_by_name() -> None:
     with pytest.raises(
-        UnsupportedError, match=r"^pattern: mixture-of-experts layers are not supported; got 'E' at layer 1$"
+        UnsupportedError,
+        match=r"^pattern: mixture-of-experts models \(Nemotron 3 .*\) are not supported; got 'E' at layer 1$",
     ):
         read_pattern("MEM")
 

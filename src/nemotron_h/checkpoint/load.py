@@ -1,22 +1,28 @@
-"""Read a checkpoint folder: every key accounted for, nothing executed, the file mapped and not read twice."""
+"""Read a checkpoint folder into a model: every tensor accounted for, nothing executed, the files mapped.
 
-import json
-import struct
-from collections.abc import Iterator, Mapping
+A weight that needs no conversion is never copied; the others are converted, or decoded, one at a time.
+"""
+
+import warnings
+from collections.abc import Collection
+from functools import reduce
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from nemotron_h.checkpoint.save import CONFIG, FLOAT_NAMES, FLOATS, HEAD, INDEX, WEIGHTS, stored_dtype
+from nemotron_h.checkpoint.names import EMBEDDING, HEAD
+from nemotron_h.checkpoint.save import CONFIG, FLOAT_NAMES, FLOATS, stored_dtype
+from nemotron_h.checkpoint.weights import Weights
+from nemotron_h.config.cost import parameters
+from nemotron_h.config.keys import shown
+from nemotron_h.config.model import ModelConfig
 from nemotron_h.config.published import read_config
+from nemotron_h.config.quantization import read_quantization
 from nemotron_h.errors import CheckpointError
 from nemotron_h.model.hybrid import Hybrid
-
-EMBEDDING = "backbone.embeddings.weight"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+from nemotron_h.precision.modelopt import PARTS, PASSED_OVER, SCALE, SCALE_2, WEIGHT, decode, format_of
 
 
 def load(
@@ -30,25 +36,39 @@ def load(
 
     Raises: CheckpointError naming the file or tensor; ConfigError or UnsupportedError naming the key of config.json.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: must be a checkpoint folder; got no such folder")
+    folder = checkpoint_folder(folder)
     config = read_config(folder / CONFIG)
+    quantised = read_quantization(folder)
+    weights = Weights(folder)
+    check_size(config, weights)
     model = Hybrid(config, dtype=dtype, compute_dtype=compute_dtype, device="meta")
     wanted = dict(model.named_parameters())
-    files = weight_files(folder)
-    check_names(wanted, files, folder, tied=config.tied_embeddings)
-    head = None
-    for name, tensor in read_tensors(folder, files):
-        tied = name not in wanted  # a head beside the embedding that it is tied to
-        check_tensor(name, tensor, wanted[EMBEDDING if tied else name], folder)
-        if tied:
-            head = tensor
-        else:
-            put(model, name, tensor.to(device, stored_dtype(name, dtype)))
-    if head is not None and not torch.equal(head.to(device, dtype), model.head_weight):
-        raise CheckpointError(f"{HEAD}: must equal the embedding, tied to it by config.json; it differs in {folder}")
+    check_names(wanted, weights, tied=config.tied_embeddings, quantised=quantised)
+    for name in weights.names:
+        if name in wanted:
+            put(model, name, read(weights, name, wanted[name], stored_dtype(name, dtype), quantised).to(device))
+    if config.tied_embeddings and HEAD in weights:  # a head beside the embedding that it is tied to
+        head = read(weights, HEAD, wanted[EMBEDDING], dtype, quantised)
+        if not torch.equal(head.to(device), model.head_weight):
+            raise CheckpointError(
+                f"{HEAD}: must equal the embedding, tied to it by config.json; it differs in {folder}"
+            )
     return model.eval()
+
+
+def checkpoint_folder(path: str | Path) -> Path:
+    """The folder that a path given by a user means."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: must be a checkpoint folder; got no such folder")
+    return folder
+
+
+def widest_dtype(folder: Path) -> torch.dtype:
+    """The dtype that holds every weight of a folder as it is stored; quantised ones count as bfloat16."""
+    weights = Weights(folder)
+    stored = {weights.tensor(name).dtype for name in weights.names if name.endswith((".weight", ".bias"))}
+    return reduce(torch.promote_types, (dtype if dtype in FLOATS else torch.bfloat16 for dtype in stored))
 
 
 def put(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -57,33 +77,66 @@ def put(model: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
 
 
-def weight_files(folder: Path) -> dict[str, str]:
-    """Which file of the folder holds each tensor."""
-    if (folder / INDEX).exists():
-        return _read_index(folder / INDEX)
-    if not (folder / WEIGHTS).exists():
-        others = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
-        hint = (
-            f"{others[0]} is a pickle, which is never loaded; convert it" if others else "is this a checkpoint folder?"
+def read(weights: Weights, name: str, expected: Tensor, dtype: torch.dtype, quantised: Collection[str] = ()) -> Tensor:
+    """One weight in dtype, of the expected shape; decoded where it is stored in one of the quantised formats."""
+    tensor = weights.tensor(name)
+    stem = name.removesuffix(WEIGHT)
+    scales = [part for part in (SCALE, SCALE_2) if stem + part in weights]
+    if format_of(tensor) not in quantised:
+        check_tensor(name, tensor, expected, weights.folder)
+        if scales:
+            raise CheckpointError(f"{stem}{scales[0]}: must scale a quantised weight; got {name} in {tensor.dtype}")
+        return tensor.to(dtype)
+    parts = {part: weights.tensor(stem + part) for part in scales}
+    try:
+        return decode(name, {WEIGHT: tensor, **parts}, expected.shape, dtype)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; in {weights.folder}") from None
+
+
+def check_size(config: ModelConfig, weights: Weights) -> None:
+    """Refuse a config.json that describes far more than the files hold, before anything of that size is made."""
+    count, names = sum(parameters(config).values()), len(weights.names)
+    if len(config.layers) > names:
+        raise CheckpointError(
+            f"{weights.folder / CONFIG}: describes {len(config.layers):,} layers; got {names} tensors"
         )
-        raise CheckpointError(f"{folder}: must hold {WEIGHTS} or {INDEX}; got neither; {hint}")
-    with opened(folder / WEIGHTS) as file:
-        return dict.fromkeys(file.keys(), WEIGHTS)
+    if count > 2 * weights.size_bytes:  # no format takes less than half a byte a weight
+        raise CheckpointError(
+            f"{weights.folder / CONFIG}: describes {count:,} weights; the files have {weights.size_bytes:,} bytes, "
+            "too few for them; was the last shard copied?"
+        )
 
 
-def check_names(wanted: Mapping[str, Any], found: Mapping[str, Any], folder: Path, *, tied: bool) -> None:
-    """Every tensor the model has, and no other."""
-    extra = sorted(set(found) - set(wanted) - ({HEAD} if tied else set()))
-    missing = [name for name in wanted if name not in found]
+def check_names(wanted: Collection[str], weights: Weights, *, tied: bool, quantised: Collection[str] = ()) -> None:
+    """Every tensor the model has, and no other but the scales of quantised ones."""
+    missing = [name for name in wanted if name not in weights]
     if missing:
         have = len(wanted) - len(missing)
         raise CheckpointError(
-            f"{missing[0]}: missing from {folder} (found {have} of {len(wanted)} tensors); was the last shard copied?"
+            f"{missing[0]}: missing from {weights.folder} (found {have} of {len(wanted)} tensors); "
+            "was the last shard copied?"
         )
-    if extra:
+    known = set(wanted) | ({HEAD} if tied else set())
+    extra = [name for name in weights.names if name not in known]
+    scales: set[str] = set()
+    passed_over: list[str] = []
+    if quantised:
+        modules = {module for name in known for module in accumulate(name.split("."), "{}.{}".format)}
+        scales = {name.removesuffix(WEIGHT) + part for name in known for part in PARTS}
+        passed_over = [name for name in extra if name.endswith(PASSED_OVER) and name.rpartition(".")[0] in modules]
+    strange = sorted(set(extra) - set(passed_over) - scales)
+    if strange:
         raise CheckpointError(
-            f"{extra[0]}: is not a tensor of the model that config.json describes ({len(extra)} such in {folder}); "
-            "is config.json of this checkpoint?"
+            f"{shown(strange[0])}: is not a tensor of the model that config.json describes "
+            f"({len(strange)} such in {weights.folder}); is config.json of this checkpoint?"
+        )
+    if passed_over:
+        kinds = ", ".join(sorted({name.rpartition(".")[2] for name in passed_over}))
+        warnings.warn(
+            f"{weights.folder}: {len(passed_over)} tensors of {kinds} are passed over: "
+            "activations and caches are not quantised here",
+            stacklevel=3,
         )
 
 
@@ -95,46 +148,3 @@ def check_tensor(name: str, tensor: Tensor, expected: Tensor, folder: Path) -> N
         )
     if tensor.dtype not in FLOATS:
         raise CheckpointError(f"{name}: must be one of {FLOAT_NAMES}; got {tensor.dtype} in {folder}")
-
-
-def read_tensors(folder: Path, files: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor with its name, mapped from its file."""
-    for file_name in dict.fromkeys(files.values()):
-        with opened(folder / file_name) as file:
-            held = set(file.keys())
-            unlisted = sorted(held - {name for name, where in files.items() if where == file_name})
-            if unlisted:
-                raise CheckpointError(f"{unlisted[0]}: is in {folder / file_name} but not there by {INDEX}")
-            for name, where in files.items():
-                if where != file_name:
-                    continue
-                if name not in held:
-                    raise CheckpointError(f"{name}: must be in {folder / file_name} by {INDEX}; it is not there")
-                yield name, file.get_tensor(name)
-
-
-def opened(path: Path) -> Any:
-    """A safetensors file, its header checked. Raises: CheckpointError naming the file."""
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: must exist; found no such file; was the last shard copied?") from None
-    except (SafetensorError, OSError, struct.error) as error:
-        size = path.stat().st_size
-        raise CheckpointError(
-            f"{path}: must be a whole safetensors file; got {size:,} bytes that are not ({error}); copy it again"
-        ) from None
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        files = content["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: must be JSON with a weight_map; got {type(error).__name__}: {error}") from None
-    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
-        raise CheckpointError(f"{path}: weight_map must map tensors to file names; got {type(files).__name__}")
-    for name, file_name in files.items():
-        if Path(file_name).name != file_name or not file_name.endswith(".safetensors"):
-            raise CheckpointError(f"{path}: {name} must be in a .safetensors file of this folder; got {file_name!r}")
-    return files

@@ -1,6 +1,6 @@
 """Checkpoints of a run: the model in the published format, and beside it what training needs to go on to the same bits.
 
-step-00000400/   config.json model.safetensors tokenizer.json      the model, for anyone
+step-00000400/   config.json model.safetensors tokenizer.json ...  the model, for anyone
                  training.safetensors                              master weights and optimizer moments, float32
                  training.json                                     step, place in the data, what they were made with
 """
@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemotron_h.checkpoint.files import new_folder, remove, remove_leftovers
-from nemotron_h.checkpoint.load import opened
 from nemotron_h.checkpoint.save import size_bytes, write_model
+from nemotron_h.checkpoint.weights import opened
 from nemotron_h.errors import CheckpointError
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.text.tokenizer import Tokenizer
@@ -46,7 +46,7 @@ def save_step(
     path = step_folder(folder, step)
     size = sum(t.nbytes for t in tensors.values()) + size_bytes(model, torch.bfloat16)
     with new_folder(path, need_bytes=size) as partial:
-        write_model(model, partial, tokenizer=tokenizer)
+        write_model(model, partial, tokenizer=tokenizer, made_by="nemotron_h training")
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial / TENSORS)
         (partial / VALUES).write_text(json.dumps(dict(values), indent=2) + "\n", encoding="utf-8")
     for old in steps(folder)[:-keep]:

@@ -1,4 +1,7 @@
-"""Write a model in the published format: config.json, safetensors under the published names, the tokenizer's files."""
+"""Write a model as its family is published: config.json, safetensors under the names of either dialect, and companions.
+
+Whole or not at all; what other programs read of it is in `published.py` and `companions.py`.
+"""
 
 import json
 from collections.abc import Mapping
@@ -8,18 +11,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nemotron_h.checkpoint.companions import Companions, write_companions
 from nemotron_h.checkpoint.files import new_folder
-from nemotron_h.config.published import write_config
+from nemotron_h.checkpoint.names import HEAD, stored_name
+from nemotron_h.checkpoint.weights import INDEX, WEIGHTS
+from nemotron_h.config.published import Dialect, write_config
 from nemotron_h.errors import CheckpointError
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.text.tokenizer import Tokenizer, check_fits
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-HEAD = "lm_head.weight"
+CONFIG = "config.json"
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 FLOAT_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
 KEPT_FLOAT32 = ("A_log", "D", "dt_bias")
 SHARD_BYTES = 5 * 10**9
+NO_COMPANIONS = Companions()
 
 
 def save(
@@ -27,16 +33,29 @@ def save(
     folder: str | Path,
     *,
     tokenizer: Tokenizer | None = None,
+    companions: Companions = NO_COMPANIONS,
+    made_by: str = "nemotron_h.save",
+    dialect: Dialect = Dialect.PUBLISHED,
     dtype: torch.dtype = torch.bfloat16,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a new checkpoint folder, whole or not at all. dtype: of the weights, one of FLOATS; the Mamba layers'
     A_log, D and dt_bias stay float32, as the model computes with them.
 
+    companions: of the checkpoint that the model was made from; made_by: what the model card says made it.
     Raises: CheckpointError where the folder exists or dtype is another, CapacityError where the disk is too small.
     """
     with new_folder(Path(folder), need_bytes=size_bytes(model, dtype)) as partial:
-        write_model(model, partial, tokenizer=tokenizer, dtype=dtype, shard_bytes=shard_bytes)
+        write_model(
+            model,
+            partial,
+            tokenizer=tokenizer,
+            companions=companions,
+            made_by=made_by,
+            dialect=dialect,
+            dtype=dtype,
+            shard_bytes=shard_bytes,
+        )
 
 
 def write_model(
@@ -44,6 +63,9 @@ def write_model(
     folder: Path,
     *,
     tokenizer: Tokenizer | None = None,
+    companions: Companions = NO_COMPANIONS,
+    made_by: str = "nemotron_h.save",
+    dialect: Dialect = Dialect.PUBLISHED,
     dtype: torch.dtype = torch.bfloat16,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -51,11 +73,12 @@ def write_model(
     parameters = published_parameters(model)
     if model.config.tied_embeddings:
         parameters[HEAD] = parameters[HEAD].clone()  # safetensors refuses memory with two names
-    shards = _shards(parameters, dtype, shard_bytes)
-    write_config(model.config, folder / CONFIG, dtype=str(dtype).removeprefix("torch."))
+    shards = _shards({stored_name(name, dialect): p for name, p in parameters.items()}, dtype, shard_bytes)
+    write_config(model.config, folder / CONFIG, dtype=str(dtype).removeprefix("torch."), dialect=dialect)
     if tokenizer is not None:
         check_fits(tokenizer, model.config.vocab_size)
         tokenizer.save(folder)
+    write_companions(companions, folder, config=model.config, tokenizer=tokenizer, made_by=made_by)
     if len(shards) == 1:
         _write(shards[0], folder / WEIGHTS, dtype)
         return

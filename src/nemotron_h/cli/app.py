@@ -14,7 +14,10 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from nemotron_h import __version__
+from nemotron_h.cli.convert import convert
 from nemotron_h.cli.generate import generate
+from nemotron_h.cli.ls import ls
+from nemotron_h.cli.pull import pull
 from nemotron_h.cli.run import run
 from nemotron_h.cli.show import show
 from nemotron_h.cli.train import train
@@ -30,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (run, train, generate, show):
+for verb in (run, train, generate, show, pull, ls, convert):
     app.command()(verb)
 
 

@@ -13,17 +13,24 @@ def generate(
     ids: Annotated[str | None, typer.Option(help="Token ids instead of a prompt: 5,9,13.")] = None,
     prompt_file: Annotated[str | None, typer.Option(help="A UTF-8 file with the prompt.")] = None,
     max_tokens: Annotated[int, typer.Option(help="How many tokens at most.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens of this much probability.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Draw among so many of the likeliest tokens; 0: all.")] = 0,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token each time.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw among the likeliest tokens of this probability.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw among so many of the likeliest tokens; 0: all.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text (may be given several times).")] = None,
     precision: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on after an end token.")] = False,
+    ignore_defaults: Annotated[
+        bool, typer.Option("--ignore-defaults", help="Draw by these options alone, not by the checkpoint's defaults.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: text, or ids.")] = False,
 ) -> None:
-    """Go on from a prompt, streaming."""
-    from nemotron_h.config.sampling import Sampling
+    """Go on from a prompt, streaming.
+
+    Where --temperature, --top-p or --top-k is not given, the checkpoint's generation_config.json decides; where that
+    does not ask for drawing (do_sample), the likeliest token is taken each time.
+    """
+    from nemotron_h.config.generation import Generation
     from nemotron_h.errors import RequestError
     from nemotron_h.text.stream import StopStrings
 
@@ -34,7 +41,7 @@ def generate(
     if max_tokens < 1:
         raise RequestError(f"max_tokens: must be 1 or above; got {max_tokens}")
     StopStrings(stop or ())  # refuses an empty one
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    sampling = Generation().sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     if ids is not None and stop:
         raise RequestError("stop: needs a text prompt; got --ids; cut the ids yourself")
     numbers = read_ids(ids) if ids is not None else []
@@ -44,6 +51,9 @@ def generate(
     from nemotron_h.inference.load import load
 
     model = load(path, precision=precision)
+    if not ignore_defaults:
+        defaults = model.companions.generation
+        sampling = defaults.sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     if ids is not None:
         new = list(model.tokens(numbers, max_tokens=max_tokens, sampling=sampling, ignore_end=ignore_end))
         print(json.dumps({"ids": new}) if as_json else ",".join(map(str, new)))

@@ -16,7 +16,10 @@ def read_pattern(pattern: str) -> str:
         raise ConfigError("pattern: must hold at least one layer; got an empty string")
     for index, letter in enumerate(pattern):
         if letter == "E":
-            raise UnsupportedError(f"pattern: mixture-of-experts layers are not supported; got 'E' at layer {index}")
+            raise UnsupportedError(
+                "pattern: mixture-of-experts models (Nemotron 3 Nano, Super, Ultra) are not supported; "
+                f"got 'E' at layer {index}"
+            )
         if letter not in NAMES:
             known = ", ".join(f"{key!r} {name}" for key, name in NAMES.items())
             raise ConfigError(f"pattern: must be made of {known}; got {letter!r} at layer {index}")

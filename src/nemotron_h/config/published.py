@@ -1,4 +1,4 @@
-"""config.json: the published dialects read, and written so that other programs load what we save.
+"""config.json: both dialects read, and either written so that other programs load what we save.
 
 Keys that change the arithmetic are honoured or refused by name; keys that describe training or a program's habits are
 passed over; a key we do not know is named in a warning. `Infinity` is read and written, as NVIDIA's own files have it.
@@ -8,17 +8,28 @@ import json
 import math
 import warnings
 from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
+from nemotron_h.config.generation import STEERING
+from nemotron_h.config.keys import Keys, as_number, read_object, short, shown
 from nemotron_h.config.model import AttentionConfig, MambaConfig, MlpConfig, ModelConfig
 from nemotron_h.config.pattern import ATTENTION, MAMBA, MLP, read_pattern
-from nemotron_h.errors import CheckpointError, ConfigError, UnsupportedError
+from nemotron_h.errors import ConfigError, UnsupportedError
 
 T = TypeVar("T")
 
 # A model with RoPE has a type of its own: a program that knows only the family would drop the rotation in silence.
 MODEL_TYPE, ROPE_MODEL_TYPE = "nemotron_h", "nemotron_h_rope"
+
+
+class Dialect(StrEnum):
+    """Who writes a checkpoint so: the words of its config.json and the names of its tensors."""
+
+    PUBLISHED = "published"  # NVIDIA's files: hybrid_override_pattern, backbone.*
+    TRANSFORMERS = "transformers"  # transformers 5's own: layers_block_type, model.*
+
 
 # What each key must say for our arithmetic to be the model's.
 REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
@@ -35,7 +46,6 @@ REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0, 0.0),
     "hidden_dropout": (0, 0.0),
     "num_nextn_predict_layers": (0,),
-    "quantization_config": (None,),
     "mamba_ssm_cache_dtype": ("float32",),
 }
 # What steers training, other programs' kernels, or nothing at all in this family.
@@ -58,6 +68,7 @@ PASSED_OVER = {
     "use_mamba_kernels",
     "rope_theta",
     "partial_rotary_factor",
+    "quantization_config",  # of the weights beside the config: `quantization.py` reads it
     "head_dim",
     "attention_head_dim",
     "_name_or_path",
@@ -92,76 +103,31 @@ KINDS = {
     "mlp": MLP,
     "moe": "E",
 }
-
-
-class Keys:
-    """The keys of one config.json: each is asked for by name, and what nobody asked for is known at the end."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self.values = values
-        self.asked: set[str] = set()
-
-    def __contains__(self, key: str) -> bool:
-        return self.values.get(key) is not None
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.any(key, default)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise ConfigError(f"{key}: must be an integer; got {value!r}")
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        value = self.any(key, default)
-        if not _is_number(value):
-            raise ConfigError(f"{key}: must be a number; got {value!r}")
-        return float(value)
-
-    def boolean(self, key: str, *, default: bool) -> bool:
-        value = self.any(key, default)
-        if not isinstance(value, bool):
-            raise ConfigError(f"{key}: must be true or false; got {value!r}")
-        return value
-
-    def any(self, key: str, default: Any = None) -> Any:
-        self.asked.add(key)
-        value = self.values.get(key)
-        if value is None:
-            value = default
-        if value is None:
-            raise ConfigError(f"{key}: must be given; got nothing")
-        return value
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+WORDS = {MAMBA: "linear_attention", ATTENTION: "full_attention", MLP: "mlp"}  # of transformers 5
 
 
 def read_config(path: Path) -> ModelConfig:
     """The model that a config.json describes. Raises: ConfigError, UnsupportedError or CheckpointError, by key."""
+    values = read_object(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: must exist; found no such file; is this a checkpoint folder?") from None
-    except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are both ValueErrors
-        raise CheckpointError(f"{path}: must be JSON; got {str(error).splitlines()[0]}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object; got {type(values).__name__}")
-    try:
-        return from_published(values)
+        config = from_published(values)
     except (ConfigError, UnsupportedError) as error:
         raise type(error)(f"{path}: {error}") from None
+    if values.get("auto_map") is not None:
+        warnings.warn(f"{path}: auto_map names code in the folder, which is never run here", stacklevel=2)
+    return config
 
 
 def from_published(values: Mapping[str, Any]) -> ModelConfig:
     """The model that the keys of a config.json describe."""
     kind = values.get("model_type")
     if kind not in (MODEL_TYPE, ROPE_MODEL_TYPE):
-        raise UnsupportedError(f"model_type: must be {MODEL_TYPE!r} or {ROPE_MODEL_TYPE!r}; got {kind!r}")
+        raise UnsupportedError(f"model_type: must be {MODEL_TYPE!r} or {ROPE_MODEL_TYPE!r}; got {short(kind)}")
+    keys = Keys(values)
+    pattern = pattern_of(keys)  # first: what a mixture of experts is refused for is its experts
     for key, allowed in REQUIRED_VALUES.items():
         if key in values and values[key] not in allowed:
-            raise UnsupportedError(f"{key}: must be {allowed[0]!r}; got {values[key]!r}")
-    keys = Keys(values)
-    pattern = pattern_of(keys)
+            raise UnsupportedError(f"{key}: must be {allowed[0]!r}; got {short(values[key])}")
     if keys.integer("num_hidden_layers", len(pattern)) != len(pattern):
         raise ConfigError(f"num_hidden_layers: must be the pattern's {len(pattern)}; got {values['num_hidden_layers']}")
     config = ModelConfig.from_pattern(
@@ -177,11 +143,10 @@ def from_published(values: Mapping[str, Any]) -> ModelConfig:
         **tokens_of(keys),
     )
     family = set(to_published(config)) | {"hybrid_override_pattern", "layers_block_type", "layer_types", "rms_norm_eps"}
-    unknown = sorted(set(values) - keys.asked - set(REQUIRED_VALUES) - PASSED_OVER - family - SIZES)
+    unknown = sorted(set(values) - keys.asked - set(REQUIRED_VALUES) - PASSED_OVER - family - SIZES - set(STEERING))
     if unknown:
-        warnings.warn(
-            f"config.json: keys that are not known here and steer nothing: {', '.join(unknown)}", stacklevel=2
-        )
+        some = ", ".join(map(shown, unknown[:10])) + (f" and {len(unknown) - 10} more" if len(unknown) > 10 else "")
+        warnings.warn(f"config.json: keys that are not known here and steer nothing: {some}", stacklevel=2)
     return config
 
 
@@ -208,28 +173,28 @@ def pattern_of(keys: Keys) -> str:
             continue
         kinds = keys.any(named)
         if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
-            raise ConfigError(f"{named}: must be a list of strings; got {kinds!r}")
+            raise ConfigError(f"{named}: must be a list of strings; got {short(kinds)}")
         for index, kind in enumerate(kinds):
             if kind not in KINDS:
-                raise ConfigError(f"{named}: must be made of {', '.join(KINDS)}; got {kind!r} at layer {index}")
+                raise ConfigError(f"{named}: must be made of {', '.join(KINDS)}; got {short(kind)} at layer {index}")
         found[named] = read_pattern("".join(KINDS[kind] for kind in kinds))
     if "hybrid_override_pattern" in keys or not found:
         pattern = keys.any("hybrid_override_pattern")
         if not isinstance(pattern, str):
-            raise ConfigError(f"hybrid_override_pattern: must be a string; got {pattern!r}")
+            raise ConfigError(f"hybrid_override_pattern: must be a string; got {short(pattern)}")
         found = {"hybrid_override_pattern": read_pattern(pattern)} | found
     (name, pattern), *others = found.items()
     for other, same in others:
         if same != pattern:
-            raise ConfigError(f"{name}: must agree with {other}, which says {same!r}; got {pattern!r}")
+            raise ConfigError(f"{name}: must agree with {other}, which says {short(same)}; got {short(pattern)}")
     return pattern
 
 
 def mamba_of(keys: Keys) -> MambaConfig:
     limit = keys.any("time_step_limit", [0.0, math.inf])
-    if not isinstance(limit, list | tuple) or len(limit) != 2 or not all(_is_number(x) for x in limit):
-        raise ConfigError(f"time_step_limit: must be two numbers; got {limit!r}")
-    low, high = (float(bound) for bound in limit)
+    low, high = map(as_number, limit) if isinstance(limit, list | tuple) and len(limit) == 2 else (None, None)
+    if low is None or high is None:
+        raise ConfigError(f"time_step_limit: must be two numbers; got {short(limit)}")
     return MambaConfig(
         num_heads=keys.integer("mamba_num_heads"),
         head_dim=keys.integer("mamba_head_dim"),
@@ -266,21 +231,22 @@ def epsilon_of(keys: Keys) -> float:
 
 
 def tokens_of(keys: Keys) -> dict[str, Any]:
-    for key in ("bos_token_id", "eos_token_id"):
-        if keys.values.get(key, 0) is None:
-            raise ConfigError(f"{key}: must be an integer; got null; give the id that the tokenizer has")
-    ends = keys.any("eos_token_id", 2)
+    if keys.values.get("bos_token_id", 0) is None:
+        raise ConfigError("bos_token_id: must be an integer; got null; give the id that the tokenizer has")
     return {
         "bos_token_id": keys.integer("bos_token_id", 1),
-        "eos_token_ids": tuple(ends) if isinstance(ends, list) else (keys.integer("eos_token_id", 2),),
+        "eos_token_ids": keys.integers("eos_token_id"),
         "pad_token_id": None if keys.values.get("pad_token_id", 0) is None else keys.integer("pad_token_id", 0),
     }
 
 
-def to_published(config: ModelConfig, *, dtype: str = "bfloat16") -> dict[str, Any]:
-    """The keys of a config.json in NVIDIA's dialect, that transformers and vLLM read too.
+def to_published(
+    config: ModelConfig, *, dtype: str = "bfloat16", dialect: Dialect = Dialect.PUBLISHED
+) -> dict[str, Any]:
+    """The keys of a config.json. transformers and vLLM read either dialect.
 
-    Raises: UnsupportedError where layers of one kind differ: the format has one size for all of them.
+    Raises: UnsupportedError where layers of one kind differ, the format having one size for all of them, and where
+    transformers has no such model.
     """
     mamba = only(config, MambaConfig) or MambaConfig(num_heads=1, head_dim=1, state_size=1, num_groups=1)
     attention = only(config, AttentionConfig) or AttentionConfig(num_heads=1, num_kv_heads=1, head_dim=1)
@@ -312,14 +278,32 @@ def to_published(config: ModelConfig, *, dtype: str = "bfloat16") -> dict[str, A
         "head_dim": attention.head_dim,
         "intermediate_size": mlp.intermediate_size,
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": ends[0] if len(ends) == 1 else list(ends),
+        "eos_token_id": ends[0] if len(ends) == 1 else list(ends) or None,
         "pad_token_id": config.pad_token_id,
         "torch_dtype": dtype,
         **{key: allowed[0] for key, allowed in REQUIRED_VALUES.items() if allowed[0] is not None},
     }
     if rope:
         values |= {"rope_theta": attention.rope_base, "partial_rotary_factor": attention.rope_fraction}
-    return values
+    return values if dialect is Dialect.PUBLISHED else in_transformers_words(values)
+
+
+def in_transformers_words(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The published keys as transformers 5 writes them, in strict JSON."""
+    if values["model_type"] != MODEL_TYPE:
+        raise UnsupportedError(
+            f"dialect: must be {Dialect.PUBLISHED} for a model with RoPE, which transformers has not; "
+            f"got {Dialect.TRANSFORMERS}"
+        )
+    renamed = dict(values)
+    for key in ("num_hidden_layers", "attention_head_dim", "rms_norm_eps"):
+        del renamed[key]
+    renamed["layers_block_type"] = [WORDS[letter] for letter in renamed.pop("hybrid_override_pattern")]
+    renamed["dtype"] = renamed.pop("torch_dtype")
+    renamed["time_step_limit"] = [
+        {"__float__": "Infinity"} if math.isinf(bound) else bound for bound in values["time_step_limit"]
+    ]
+    return renamed
 
 
 def only(config: ModelConfig, kind: type[T]) -> T | None:
@@ -332,6 +316,9 @@ def only(config: ModelConfig, kind: type[T]) -> T | None:
     return next(iter(found), None)
 
 
-def write_config(config: ModelConfig, path: Path, *, dtype: str = "bfloat16") -> None:
+def write_config(
+    config: ModelConfig, path: Path, *, dtype: str = "bfloat16", dialect: Dialect = Dialect.PUBLISHED
+) -> None:
     """Write config.json. dtype: of the weights beside it, for other programs."""
-    path.write_text(json.dumps(to_published(config, dtype=dtype), indent=2) + "\n", encoding="utf-8")
+    values = to_published(config, dtype=dtype, dialect=dialect)
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,1 +1,1 @@
-"""Tokens: training and reading a tokenizer, and streaming text out of it. No torch."""
+"""Tokens: training and reading a tokenizer, chat templates, and telling apart what streams out. No torch."""

@@ -38,6 +38,7 @@ class StopStrings:
         self._matchers = [_Matcher(stop) for stop in stops]
         self._held = ""
         self.found: str | None = None
+        self.rest = ""  # what was pushed after it, in the same piece
 
     def push(self, text: str) -> str:
         """The text that certainly stands before any stop string; nothing once one is found."""
@@ -50,6 +51,7 @@ class StopStrings:
             if complete:
                 self.found = max(complete, key=len)
                 self._held = ""
+                self.rest = text[position + 1 :]
                 return whole[: position + 1 - len(self.found) - start]
         held = max((matcher.length for matcher in self._matchers), default=0)
         certain = len(whole) - held

@@ -16,6 +16,7 @@ from typing import Any, Self, TypeGuard
 
 import tokenizers
 
+from nemotron_h.config.keys import shown
 from nemotron_h.config.tokenizer import CONTROL_NAMES
 from nemotron_h.errors import CheckpointError, DataError, UnsupportedError
 from nemotron_h.files import replacing
@@ -40,12 +41,14 @@ class Tokenizer:
         self._ids, self._control, self._special = _read_names(data, where)
         self._engine = _build_engine(data, self._control, self._ids, where)
         self._bytes = {i: name.encode() if i in self._control else _spelt(name) for name, i in self._ids.items()}
-        named = _parse_object(settings, where.with_name(SETTINGS_FILE)) if settings is not None else {}
+        self.settings = _parse_object(settings, where.with_name(SETTINGS_FILE)) if settings is not None else {}
         self.known_ids = tuple(sorted(self._bytes))  # those with a meaning; a file may leave holes between them
         self.vocab_size = self.known_ids[-1] + 1  # one more than the largest id
-        self.unk_id = self._named_id(named, "unk_token", UNK)
-        self.bos_id = self._named_id(named, "bos_token", BOS)
-        self.eos_id = self._named_id(named, "eos_token", EOS)
+        self.control_options = {entry["content"]: entry for entry in _added_tokens(data)}  # lstrip, normalized...
+        self.normalizes = data.get("normalizer") is not None  # text is changed before it is encoded
+        self.unk_id = self._named_id("unk_token", UNK)
+        self.bos_id = self._named_id("bos_token", BOS)
+        self.eos_id = self._named_id("eos_token", EOS)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -121,11 +124,11 @@ class Tokenizer:
             raise CheckpointError(f"{self._where}: has no control token {name!r}; is this the model's own tokenizer?")
         return token
 
-    def _named_id(self, settings: dict[str, Any], key: str, default: str) -> int | None:
+    def _named_id(self, key: str, default: str) -> int | None:
         """The id tokenizer_config.json gives a role; where it is silent, the family's name for it, if there is one."""
-        if key not in settings:
+        if key not in self.settings:
             return self._ids.get(default)
-        name = settings[key]
+        name = self.settings[key]
         if isinstance(name, dict):
             name = name.get("content")
         if name is None:
@@ -196,7 +199,7 @@ def _check_kind(data: dict[str, Any], where: Path) -> None:
 
 def _read_names(data: dict[str, Any], where: Path) -> tuple[dict[str, int], frozenset[int], frozenset[int]]:
     """Ids by name; the control tokens among them; and of those the ones that decoding leaves out."""
-    vocabulary, added = data["model"].get("vocab"), data.get("added_tokens", [])
+    vocabulary = data["model"].get("vocab")
     if not isinstance(vocabulary, dict) or not all(_is_id(i) for i in vocabulary.values()):
         raise CheckpointError(f"{where}: model.vocab must map each token to an id of 0 or more; it does not")
     missing = [byte for letter, byte in BYTE_OF_LETTER.items() if letter not in vocabulary]
@@ -206,7 +209,7 @@ def _read_names(data: dict[str, Any], where: Path) -> tuple[dict[str, int], froz
     ids = dict(vocabulary)
     control: set[int] = set()
     special: set[int] = set()
-    for entry in added if isinstance(added, list) else [added]:
+    for entry in _added_tokens(data):
         name, token = (entry.get("content"), entry.get("id")) if isinstance(entry, dict) else (None, None)
         if not _is_name(name) or not _is_id(token) or ids.setdefault(name, token) != token:
             raise CheckpointError(f"{where}: added_tokens must have a content and its one id each; got {entry!r:.80}")
@@ -217,6 +220,11 @@ def _read_names(data: dict[str, Any], where: Path) -> tuple[dict[str, int], froz
     if distinct != len(ids):
         raise CheckpointError(f"{where}: every token must have an id of its own; got {len(ids)} tokens, {distinct} ids")
     return ids, frozenset(control), frozenset(special)
+
+
+def _added_tokens(data: dict[str, Any]) -> list[Any]:
+    added = data.get("added_tokens", [])
+    return added if isinstance(added, list) else [added]
 
 
 def _is_id(value: object) -> TypeGuard[int]:
@@ -246,7 +254,7 @@ def _build_engine(
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(plain))
     except Exception as error:  # the library raises nothing narrower
-        reason = " ".join(str(error).split())
+        reason = shown(" ".join(str(error).split()))
         raise CheckpointError(f"{where}: must be what the tokenizers library reads; got {reason}") from None
 
 
