@@ -16,7 +16,7 @@ from typing import Any, Self, TypeGuard
 
 import tokenizers
 
-from nemotron_h.config.keys import shown
+from nemotron_h.config.keys import short, shown
 from nemotron_h.config.tokenizer import CONTROL_NAMES
 from nemotron_h.errors import CheckpointError, DataError, UnsupportedError
 from nemotron_h.files import replacing
@@ -135,7 +135,7 @@ class Tokenizer:
             return None
         if not isinstance(name, str) or name not in self._ids:
             where = self._where.with_name(SETTINGS_FILE)
-            raise CheckpointError(f"{where}: {key} must name a token of {self._where.name}; got {name!r}")
+            raise CheckpointError(f"{where}: {key} must name a token of {self._where.name}; got {short(name)}")
         return self._ids[name]
 
 
@@ -188,13 +188,13 @@ def _check_kind(data: dict[str, Any], where: Path) -> None:
     for key, wanted in (("model", "BPE"), ("pre_tokenizer", "ByteLevel"), ("decoder", "ByteLevel")):
         found = kind(key)
         if not isinstance(found, str):
-            raise CheckpointError(f"{where}: {key} must be an object with a type; got {found!r:.80}")
+            raise CheckpointError(f"{where}: {key} must be an object with a type; got {short(found)}")
         if found != wanted:
-            raise UnsupportedError(f"{where}: {key} must be {wanted}, as in the family; got {found!r}")
+            raise UnsupportedError(f"{where}: {key} must be {wanted}, as in the family; got {short(found)}")
     # a prefix or suffix marks pieces of words, which bytes do not know; the library aborts the process on some
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if data["model"].get(option):
-            raise UnsupportedError(f"{where}: model.{option} must be off; got {data['model'][option]!r}")
+            raise UnsupportedError(f"{where}: model.{option} must be off; got {short(data['model'][option])}")
 
 
 def _read_names(data: dict[str, Any], where: Path) -> tuple[dict[str, int], frozenset[int], frozenset[int]]:
@@ -212,7 +212,7 @@ def _read_names(data: dict[str, Any], where: Path) -> tuple[dict[str, int], froz
     for entry in _added_tokens(data):
         name, token = (entry.get("content"), entry.get("id")) if isinstance(entry, dict) else (None, None)
         if not _is_name(name) or not _is_id(token) or ids.setdefault(name, token) != token:
-            raise CheckpointError(f"{where}: added_tokens must have a content and its one id each; got {entry!r:.80}")
+            raise CheckpointError(f"{where}: added_tokens must have a content and its one id each; got {short(entry)}")
         control.add(token)
         if entry.get("special"):
             special.add(token)

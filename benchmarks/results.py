@@ -1,0 +1,126 @@
+"""Measurements as files, and the documentation's numbers out of them.
+
+    results/NAME.json     the rows of one benchmark, with the command, the commit and the machine that gave them
+    <!-- results NAME --> ... <!-- end -->     in a page: a table made from it; `python benchmarks/results.py` makes all anew
+
+A row is {what, unit, ours, peer, peer_version, ratio, n, spread}: medians of n runs that took turns, ratio above 1 where
+ours is better, spread the widest (largest - smallest) / median of the two. A row without a peer has none of its fields.
+"""
+
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "benchmarks" / "results"
+BLOCK = re.compile(r"(<!-- results (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Row:
+    what: str
+    unit: str
+    ours: float
+    n: int
+    spread: float
+    peer: float | None = None
+    peer_version: str | None = None
+    ratio: float | None = None
+
+
+def row(
+    what: str, unit: str, ours: Sequence[float], peer: Sequence[float] = (), version: str | None = None, *, higher: bool
+) -> Row:
+    """Of runs that took turns. higher: more of the unit is better."""
+    spread = max((max(runs) - min(runs)) / median(runs) for runs in (ours, peer) if runs)
+    if not peer:
+        return Row(what, unit, median(ours), len(ours), spread)
+    ratio = median(ours) / median(peer) if higher else median(peer) / median(ours)
+    return Row(what, unit, median(ours), len(ours), spread, median(peer), version, ratio)
+
+
+def write(name: str, rows: Sequence[Row]) -> Path:
+    """Write results/NAME.json, and show it."""
+    import torch  # noqa: PLC0415 - making tables needs none
+
+    from nemotron_h import machine  # noqa: PLC0415
+
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    content = {
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "commit": commit,
+        "date": datetime.now(UTC).date().isoformat(),
+        "cpu": machine.cpu_name(),
+        "cpu_features": list(machine.cpu_features()),
+        "cores": machine.cores(),
+        "memory_bytes": machine.memory().total_bytes,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "environment": {key: value for key, value in os.environ.items() if key.startswith(("OMP_", "ATEN_", "ONEDNN_"))},
+        "rows": [asdict(entry) for entry in rows],
+    }
+    path = FOLDER / f"{name}.json"
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    print(table(content))
+    return path
+
+
+def table(content: dict[str, Any]) -> str:
+    """A results file as Markdown."""
+    rows = content["rows"]
+    peers = sorted({entry["peer_version"] for entry in rows if entry["peer_version"]})
+    lines = ["| | ours |" + "".join(f" {peer} | ratio |" for peer in peers) + " spread |"]
+    lines.append("|---|---:|" + "---:|---:|" * len(peers) + "---:|")
+    for entry in rows:
+        cells = [f"{entry['what']}, {entry['unit']}", number(entry["ours"])]
+        for peer in peers:
+            cells += [number(entry["peer"]), number(entry["ratio"])] if entry["peer_version"] == peer else ["", ""]
+        lines.append("| " + " | ".join([*cells, f"{100 * entry['spread']:.0f} %"]) + " |")
+    features = ", ".join(content["cpu_features"])
+    lines += [
+        "",
+        f"Medians of {min(entry['n'] for entry in rows)} runs that took turns; `{content['command']}`, {content['date']}, "
+        f"commit {content['commit']}, {content['cpu']} ({features}), {content['threads']} threads, torch {content['torch']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def number(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def rendered(text: str) -> str:
+    """A page with its tables made anew."""
+
+    def fill(match: re.Match[str]) -> str:
+        content = json.loads((FOLDER / f"{match[2]}.json").read_text())
+        return match[1] + table(content) + match[4]
+
+    return BLOCK.sub(fill, text)
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def each_page(change: Callable[[str], str]) -> None:
+    for path in pages():
+        path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    each_page(rendered)

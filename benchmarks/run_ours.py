@@ -1,0 +1,42 @@
+"""This project as a contestant: reads prompts, generates, trains. Arguments: a checkpoint folder, a precision."""
+
+import resource
+import sys
+import time
+
+import torch
+from contest import serve
+
+import nemotron_h
+from nemotron_h.inference import naive
+from nemotron_h.inference.load import load
+
+language = load(sys.argv[1], precision=sys.argv[2])
+model = language.model
+ids = torch.randint(model.config.vocab_size, (40_000,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def prefill(length: int) -> float:
+    """Tokens per second of a prompt, its last logits included."""
+    state, began = model.empty_state(1), time.perf_counter()
+    naive.next_logits(model, ids[:length], state)
+    return length / (time.perf_counter() - began)
+
+
+def decode(length: int, after: int) -> float:
+    """Tokens per second, one at a time, after a prompt that is not counted."""
+    state = model.empty_state(1)
+    naive.next_logits(model, ids[:after], state)
+    began = time.perf_counter()
+    for place in range(after, after + length):
+        int(naive.next_logits(model, [ids[place]], state).argmax())
+    return length / (time.perf_counter() - began)
+
+
+def peak(length: int) -> int:
+    """Peak bytes of the process after a prompt of that length."""
+    prefill(length)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+serve({"version": f"nemotron-h {nemotron_h.__version__}"}, {"prefill": prefill, "decode": decode, "peak": peak})
