@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,12 @@ def test_logits_are_transformers_own(name: str, length: int, tmp_path: Path) -> 
 
 
 READ, WRITTEN = 70, 6
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads: Callable[[int], None]) -> None:
+    """A model this small only waits for a second thread, most of all on a busy machine."""
+    threads(1)
 
 
 def fair(name: str) -> Hybrid:

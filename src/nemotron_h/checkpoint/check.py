@@ -1,0 +1,53 @@
+"""Does a folder come back as it is? What was loaded, written again and read again, against the files themselves.
+
+One shard is on disk at a time, in the system's temporary folder: a folder larger than that is checked all the same.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from nemotron_h.checkpoint.files import writing
+from nemotron_h.checkpoint.load import read
+from nemotron_h.checkpoint.save import CONFIG, SHARD_BYTES, published_parameters, shards, stored_dtype, write_shard
+from nemotron_h.checkpoint.weights import Weights, opened
+from nemotron_h.config.published import Dialect, from_published, read_config, to_published
+from nemotron_h.config.quantization import read_quantization
+from nemotron_h.model.check import Finding
+from nemotron_h.model.hybrid import Hybrid
+
+
+def check_folder(folder: Path, model: Hybrid) -> Iterator[Finding]:
+    """Of a folder and the model that was loaded from it."""
+    yield config_again(folder)
+    yield weights_again(folder, model)
+
+
+def config_again(folder: Path) -> Finding:
+    """config.json as this program writes it, in both dialects."""
+    config = read_config(folder / CONFIG)
+    differ = [str(dialect) for dialect in Dialect if from_published(to_published(config, dialect=dialect)) != config]
+    number = f"{len(Dialect)} dialects, the same model" if not differ else f"another model as {' and '.join(differ)}"
+    return Finding("config.json, written again", not differ, number)
+
+
+def weights_again(folder: Path, model: Hybrid) -> Finding:
+    """Every tensor in the model's precision, from the model to a file and back, against the folder's own."""
+    stored, quantised = Weights(folder), read_quantization(folder)
+    parameters = {name: p for name, p in published_parameters(model).items() if name in stored}
+    dtype = model.backbone.embeddings.weight.dtype
+    differ = []
+    for shard in shards(parameters, dtype, SHARD_BYTES):
+        with TemporaryDirectory() as scratch:
+            path = Path(scratch) / "shard.safetensors"
+            with writing(path):
+                write_shard(shard, path, dtype)
+            again = opened(path)
+            for name, parameter in shard.items():
+                want = read(stored, name, parameter, stored_dtype(name, dtype), quantised)
+                if not torch.equal(again.get_tensor(name), want):
+                    differ.append(name)
+    number = f"{len(parameters):,} tensors, the same bits" if not differ else f"{len(differ):,} differ: {differ[0]}"
+    return Finding(f"weights in {str(dtype).removeprefix('torch.')}, written again", not differ, number)

@@ -1,0 +1,36 @@
+"""`nemotron-h verify`: is it right here? One arithmetic, the scan and the folder, checked on this machine."""
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+
+def verify(
+    path: Annotated[str, typer.Argument(help="A checkpoint folder, or org/name[@revision] on the Hub.")],
+    precision: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check a checkpoint on this machine: bits that do not depend on cuts, batches or steps; the scan; the folder.
+
+    Each line has its number. Exit code 1 where one does not hold.
+    """
+    from itertools import chain
+
+    from nemotron_h.checkpoint.check import check_folder
+    from nemotron_h.cli.pull import folder_of
+    from nemotron_h.inference.load import load
+    from nemotron_h.model.check import check
+
+    folder = folder_of(path)
+    model = load(folder, precision=precision).model
+    findings = []
+    for finding in chain(check(model), check_folder(folder, model)):
+        findings.append(finding)
+        if not as_json:
+            print(f"{'holds ' if finding.holds else 'FAILS '} {finding.what}: {finding.number}", flush=True)
+    holds = all(finding.holds for finding in findings)
+    if as_json:
+        print(json.dumps({"path": path, "holds": holds, "findings": [asdict(finding) for finding in findings]}))
+    raise typer.Exit(0 if holds else 1)
