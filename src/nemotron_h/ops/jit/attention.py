@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from nemotron_h.ops.jit.kernels import kernel
+from nemotron_h.ops.jit.lanes import top, total
 from nemotron_h.ops.jit.scalars import LANES, compile_once, exp, f, piece, read, write
 from nemotron_h.ops.jit.tiles import HEIGHT, add_product, load_rows
 
@@ -24,13 +25,10 @@ def attend(
     first row, number of queries and the place of the first. heads: of keys."""
     d, size = values.shape[1], keys.shape[1]
     group, most = q.shape[1] // d // heads, max(counts) * (q.shape[1] // d // heads)
-    queries, scores, total = (
-        np.empty((most, d), np.float32),
-        np.empty((most, size), np.float32),
-        np.empty((most, d), np.float32),
-    )
+    queries, scores = np.empty((most, d), np.float32), np.empty((most, size), np.float32)
     block_keys, block_values = np.empty((d, size), np.float32), np.empty((size, d), np.float32)
-    tops, sums, seen = np.empty(most, np.float32), np.empty(most, np.float32), np.empty(most, np.int64)
+    attended, seen = np.empty((most, d), np.float32), np.empty(most, np.int64)
+    tops, sums = np.empty(most, np.float32), np.empty(most, np.float32)
     scale = f(1) / np.sqrt(f(d))
     for task in range(start, stop):
         part, head = task // heads, task % heads
@@ -40,7 +38,7 @@ def attend(
             for c in range(d):
                 queries[i, c] = read(q, row + i // group, column + c) * scale
             for c in range(d):
-                total[i, c] = f(0)
+                attended[i, c] = f(0)
             tops[i], sums[i] = -np.inf, f(0)
         for block in range(first // size + 1):
             page = table[owner[part], block] * heads + head
@@ -53,14 +51,14 @@ def attend(
                 width = -(-seen[end - 1] // LANES) * LANES
                 score(scores, i, end, width, queries, block_keys)
                 for k in range(i, end):
-                    weigh(scores[k], seen[k], width, tops, sums, k, total[k])
-                add_product(total, i, end, d, scores, 0, block_values, 0, seen[i])
+                    weigh(scores[k], seen[k], width, tops, sums, k, attended[k])
+                add_product(attended, i, end, d, scores, 0, block_values, 0, seen[i])
                 for k in range(i + 1, end):
-                    add_product(total, k, k + 1, d, scores, seen[i], block_values, seen[i], seen[k] - seen[i])
+                    add_product(attended, k, k + 1, d, scores, seen[i], block_values, seen[i], seen[k] - seen[i])
         for i in range(m):
             column = (head * group + i % group) * d
             for c in range(d):
-                write(out, row + i // group, column + c, total[i, c] / sums[i])
+                write(out, row + i // group, column + c, attended[i, c] / sums[i])
 
 
 @piece
@@ -74,32 +72,16 @@ def score(scores, begin, end, width, queries, keys):  # type: ignore[no-untyped-
 
 
 @piece
-def weigh(row, seen, width, tops, sums, i, total):  # type: ignore[no-untyped-def]
+def weigh(row, seen, width, tops, sums, i, out):  # type: ignore[no-untyped-def]
     """Scores of a block become weights by the largest score so far; what was summed before is scaled to it."""
     compile_once()
-    for j in range(seen, width):
-        row[j] = -np.inf
-    lanes = np.full(LANES, -np.inf, np.float32)
-    for first in range(0, width, LANES):
-        for k in range(LANES):
-            lanes[k] = max(lanes[k], row[first + k])
-    top = tops[i]
-    for k in range(LANES):
-        top = max(top, lanes[k])
+    largest = max(tops[i], top(row, 0, seen))
     for j in range(width):
-        row[j] = exp(row[j] - top)
+        row[j] = exp(row[j] - largest)
     for j in range(seen, width):
         row[j] = f(0)
-    for k in range(LANES):
-        lanes[k] = f(0)
-    for first in range(0, width, LANES):
-        for k in range(LANES):
-            lanes[k] += row[first + k]
-    added = f(0)
-    for k in range(LANES):
-        added += lanes[k]
-    gain = exp(tops[i] - top)
-    sums[i] = sums[i] * gain + added
-    tops[i] = top
-    for c in range(total.shape[0]):
-        total[c] *= gain
+    gain = exp(tops[i] - largest)
+    sums[i] = sums[i] * gain + total(row, 0, width)
+    tops[i] = largest
+    for c in range(out.shape[0]):
+        out[c] *= gain

@@ -10,24 +10,8 @@ from typing import Any
 import numpy as np
 
 from nemotron_h.ops.jit.kernels import kernel
-from nemotron_h.ops.jit.scalars import LANES, STRIDE, compile_once, f, piece, read, read_at, sigmoid, write
-
-
-@piece
-def dot(a, b, first, last):  # type: ignore[no-untyped-def]
-    """Sum of a * b from first to before last, float32."""
-    compile_once()
-    lanes = np.zeros(LANES, np.float32)
-    whole = first + (last - first) // LANES * LANES
-    for j in range(first, whole, LANES):
-        for k in range(LANES):
-            lanes[k] += a[j + k] * b[j + k]
-    total = f(0)
-    for k in range(LANES):
-        total += lanes[k]
-    for j in range(whole, last):
-        total += a[j] * b[j]
-    return total
+from nemotron_h.ops.jit.lanes import dot
+from nemotron_h.ops.jit.scalars import STRIDE, f, read, read_at, sigmoid, write
 
 
 @kernel(16)

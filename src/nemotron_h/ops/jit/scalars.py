@@ -31,6 +31,7 @@ if MISSING:  # the torch definitions run; said once, by `runs`
     numba = None
 
 f = np.float32
+u = np.uintp  # of an index: one that might be negative is looked at for each element, and no loop becomes vector code
 LANES = 16  # partial sums of a long sum, and columns of a product: one order, whatever the vector width
 STRIDE = 64  # rows of one part of a gradient that is summed over rows
 
@@ -186,29 +187,28 @@ def write(array: Any, i: int, j: int, value: Any) -> None:
 
 
 if numba is not None:
-
     @overload(read, inline="always")  # type: ignore[untyped-decorator]
     def _read(array, i, j):  # type: ignore[no-untyped-def]
         if array.dtype == types.uint16:
-            return lambda array, i, j: from_bfloat16(array[i, j])
-        return lambda array, i, j: array[i, j]
+            return lambda array, i, j: from_bfloat16(array[u(i), u(j)])
+        return lambda array, i, j: array[u(i), u(j)]
 
     @overload(read_at, inline="always")  # type: ignore[untyped-decorator]
     def _read_at(line, k):  # type: ignore[no-untyped-def]
         if line.dtype == types.uint16:
-            return lambda line, k: from_bfloat16(line[k])
-        return lambda line, k: line[k]
+            return lambda line, k: from_bfloat16(line[u(k)])
+        return lambda line, k: line[u(k)]
 
     @overload(write, inline="always")  # type: ignore[untyped-decorator]
     def _write(array, i, j, value):  # type: ignore[no-untyped-def]
         if array.dtype == types.uint16:
 
             def narrow(array, i, j, value):  # type: ignore[no-untyped-def]
-                array[i, j] = to_bfloat16(value)
+                array[u(i), u(j)] = to_bfloat16(value)
 
             return narrow
 
         def plain(array, i, j, value):  # type: ignore[no-untyped-def]
-            array[i, j] = value
+            array[u(i), u(j)] = value
 
         return plain
