@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from nemotron_h.model import check as room
-from nemotron_h.model import hybrid, mamba
-from nemotron_h.model import linear as linears
+from nemotron_h.model import mamba
 from nemotron_h.model.check import Finding, check
-from tests.model.shapes import FAMILY, model
+from nemotron_h.model.linear import Linear
+from nemotron_h.ops.linear import linear
+from tests.model.shapes import FAMILY, VOCAB, model
 
 SCAN = "chunked scan against the float64 recurrence"
 
@@ -33,20 +34,20 @@ def test_every_member_passes(name: str, dtype: torch.dtype, packed: bool) -> Non
 
 
 def test_products_that_depend_on_their_rows_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(x: Tensor, weight: Tensor) -> Tensor:
-        return linears.linear(x, weight) * (1 + 2**-20 * (len(x) % 64 == 4))
+    def broken(self: Linear, x: Tensor) -> Tensor:
+        return linear(x, self.weight) * (1 + 2**-20 * (len(x) % 64 == 4))
 
-    monkeypatch.setattr(room, "linear", broken)
+    monkeypatch.setattr(Linear, "forward", broken)
     finding = room.products(model("8b"))
     assert not finding.holds
     assert "97 x 64 at 4 rows" in finding.number
 
 
 def test_logits_that_depend_on_the_cut_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(x: Tensor, weight: Tensor) -> Tensor:
-        return linears.linear(x, weight) * (1 + 2**-20 * (len(x) == 4))
+    def broken(self: Linear, x: Tensor) -> Tensor:
+        return linear(x, self.weight) * (1 + 2**-20 * (len(x) == 4 and len(self.weight) == VOCAB))  # the head alone
 
-    monkeypatch.setattr(hybrid, "linear", broken)  # of the head
+    monkeypatch.setattr(Linear, "forward", broken)
     found = by_name(list(check(model("8b"))))
     assert found[SCAN].holds
     for what in ("logits, prompt cut in pieces", "logits, one token at a time", "logits, in a batch"):

@@ -73,19 +73,19 @@ def write_model(
     parameters = published_parameters(model)
     if model.config.tied_embeddings:
         parameters[HEAD] = parameters[HEAD].clone()  # safetensors refuses memory with two names
-    shards = _shards({stored_name(name, dialect): p for name, p in parameters.items()}, dtype, shard_bytes)
+    files = shards({stored_name(name, dialect): p for name, p in parameters.items()}, dtype, shard_bytes)
     write_config(model.config, folder / CONFIG, dtype=str(dtype).removeprefix("torch."), dialect=dialect)
     if tokenizer is not None:
         check_fits(tokenizer, model.config.vocab_size)
         tokenizer.save(folder)
     write_companions(companions, folder, config=model.config, tokenizer=tokenizer, made_by=made_by)
-    if len(shards) == 1:
-        _write(shards[0], folder / WEIGHTS, dtype)
+    if len(files) == 1:
+        write_shard(files[0], folder / WEIGHTS, dtype)
         return
     index: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write(shard, folder / name, dtype)
+    for number, shard in enumerate(files, 1):
+        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        write_shard(shard, folder / name, dtype)
         index |= dict.fromkeys(shard, name)
     content = {"metadata": {"total_size": size_bytes(model, dtype)}, "weight_map": index}
     (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -112,7 +112,7 @@ def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if name.rpartition(".")[2] in KEPT_FLOAT32 else dtype
 
 
-def _shards(parameters: Mapping[str, Tensor], dtype: torch.dtype, limit: int) -> list[dict[str, Tensor]]:
+def shards(parameters: Mapping[str, Tensor], dtype: torch.dtype, limit: int) -> list[dict[str, Tensor]]:
     """Parameters in order, cut where a file would pass the limit."""
     shards: list[dict[str, Tensor]] = [{}]
     used = 0
@@ -126,6 +126,8 @@ def _shards(parameters: Mapping[str, Tensor], dtype: torch.dtype, limit: int) ->
     return shards
 
 
-def _write(shard: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
-    tensors = {name: p.detach().to("cpu", stored_dtype(name, dtype)).contiguous() for name, p in shard.items()}
+def write_shard(shard: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
+    """One file. A packed matrix is written as the plain one it is."""
+    plain = {name: p.detach().to_dense() if p.is_mkldnn else p.detach() for name, p in shard.items()}
+    tensors = {name: p.to("cpu", stored_dtype(name, dtype)).contiguous() for name, p in plain.items()}
     save_file(tensors, path, metadata={"format": "pt"})

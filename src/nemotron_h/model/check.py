@@ -15,7 +15,7 @@ from torch import Tensor
 from nemotron_h.config.model import MambaConfig
 from nemotron_h.grid import BLOCK, CHUNK, ROWS
 from nemotron_h.model.hybrid import Hybrid
-from nemotron_h.model.linear import Linear, linear
+from nemotron_h.model.linear import Linear
 from nemotron_h.model.mamba import Mamba
 from nemotron_h.ops.conv import causal_conv
 from nemotron_h.ops.segments import Segments
@@ -64,18 +64,18 @@ def same(what: str, got: Tensor, want: Tensor) -> Finding:
 
 def products(model: Hybrid) -> Finding:
     """A row of a product among others, and in the fewest rows that are ever computed, for every shape of matrix."""
-    shapes: dict[tuple[int, ...], Tensor] = {}
+    shapes: dict[tuple[int, ...], Linear] = {}
     for module in model.modules():
         if isinstance(module, Linear):
-            shapes.setdefault(tuple(module.weight.shape), module.weight)
+            shapes.setdefault(tuple(module.weight.shape), module)
     differ = []
-    for shape, weight in shapes.items():
-        generator = torch.Generator().manual_seed(shape[1])
-        x = torch.randn(64 * ROWS, shape[1], generator=generator).to(weight.device, model.compute_dtype)
-        want = linear(x, weight)
+    for (outs, into), matrix in shapes.items():
+        generator = torch.Generator().manual_seed(into)
+        x = torch.randn(64 * ROWS, into, generator=generator).to(matrix.weight.device, model.compute_dtype)
+        want = matrix(x)
         for rows, first in ((ROWS, ROWS + 1), (2 * ROWS, 3), (3 * ROWS, 5), (16 * ROWS, 7)):
-            if not torch.equal(linear(x[first : first + rows].clone(), weight), want[first : first + rows]):
-                differ.append(f"{shape[0]} x {shape[1]} at {rows} rows")
+            if not torch.equal(matrix(x[first : first + rows].clone()), want[first : first + rows]):
+                differ.append(f"{outs} x {into} at {rows} rows")
     number = f"{len(shapes)} shapes, the same bits at any number of rows" if not differ else ", ".join(differ)
     return Finding("rows of matrix products", not differ, number)
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from nemotron_h.config.model import AttentionConfig, LayerConfig, MambaConfig, MlpConfig, ModelConfig
 from nemotron_h.errors import ShapeError, UnsupportedError
 from nemotron_h.model.attention import Attention
-from nemotron_h.model.linear import Linear, linear, packed
+from nemotron_h.model.linear import Linear
 from nemotron_h.model.mamba import Gain, Mamba
 from nemotron_h.model.mlp import Mlp
 from nemotron_h.model.state import AttentionState, MambaState, Paging, State
+from nemotron_h.ops.linear import linear
 from nemotron_h.ops.norm import rms_norm
 from nemotron_h.ops.segments import Segments
 from nemotron_h.ops.shapes import wants_gradient
@@ -89,7 +90,7 @@ class Hybrid(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, hidden) -> (rows, vocab) float32. rows: a multiple of ROWS, for bits that do not depend on it."""
-        return linear(hidden, self.head_weight).float()
+        return (linear(hidden, self.head_weight) if self.config.tied_embeddings else self.lm_head(hidden)).float()
 
     @property
     def layers(self) -> list["Layer"]:
@@ -102,9 +103,11 @@ class Hybrid(nn.Module):
 
     def pack(self) -> None:
         """Lay every matrix out for reading, in place, one after the other; it is then not trained any more."""
+        done: dict[torch.Size, Linear] = {}
         for module in self.modules():
             if isinstance(module, Linear):
-                module.weight = nn.Parameter(packed(module.weight.detach()), requires_grad=False)
+                module.pack(done.get(module.weight.shape))
+                done.setdefault(module.weight.shape, module)
 
     def empty_state(self, batch: int) -> State:
         """A state before the first token of so many sequences."""

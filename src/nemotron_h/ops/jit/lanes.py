@@ -1,5 +1,6 @@
-"""Sums and the largest of a stretch of a row, in LANES partial results that are joined first to last: one order, whatever
-the vector width. A loop over an array of partial results would store it for each vector; here they stay in a register.
+"""Sums and the largest of a stretch of a row, in LANES partial results that are joined first to last: one order,
+whatever the vector width. A loop over an array of partial results would store it for each vector; here they stay in a
+register.
 
     dot(a, b, first, last)      sum of a * b        total(a, first, last)      top(a, first, last)
 
@@ -62,7 +63,11 @@ if numba is not None:
     def _larger(builder: Any, partial: Any, vectors: list[Any]) -> Any:
         return builder.select(builder.fcmp_ordered(">", vectors[0], partial), vectors[0], partial)
 
-    sums, products, tops = over_vectors(1, 0.0, _add), over_vectors(2, 0.0, _add_product), over_vectors(1, -np.inf, _larger)
+    sums, products, tops = (
+        over_vectors(1, 0.0, _add),
+        over_vectors(2, 0.0, _add_product),
+        over_vectors(1, -np.inf, _larger),
+    )
 
 
 @piece

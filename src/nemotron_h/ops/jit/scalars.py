@@ -187,6 +187,7 @@ def write(array: Any, i: int, j: int, value: Any) -> None:
 
 
 if numba is not None:
+
     @overload(read, inline="always")  # type: ignore[untyped-decorator]
     def _read(array, i, j):  # type: ignore[no-untyped-def]
         if array.dtype == types.uint16:

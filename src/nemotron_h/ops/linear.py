@@ -1,0 +1,106 @@
+"""Rows times a matrix (out, in): plain, packed for reading, and a few rows of a packed one.
+
+    y = x W^T, a row's bits depending on that row alone
+
+A matrix that is only read can be packed: laid out once as oneDNN streams it, in place of the plain rows. Decoding reads
+every matrix for each token, so it runs at the rate of memory. bfloat16 keeps its bits; a float32 product is summed in
+another order than the plain one's, the same one for any number of rows.
+
+Few rows are read by a kernel of ours at memory's rate, where oneDNN's own takes a quarter longer. It must have oneDNN's
+bits, since other calls go that way: how oneDNN cuts its sums is tried out on the matrix itself, and where nothing fits
+to the bit, oneDNN does it all.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nemotron_h.grid import DEPTH, ROWS, round_up
+from nemotron_h.ops.jit import linear as jit
+from nemotron_h.ops.jit.scalars import array, said_once
+
+MOST_ROWS = 8  # of a call that the kernel takes; with more, oneDNN's is as fast
+DEPTHS = (1024, 512)  # inputs of one chain of sums, where there are more of them than that; else one chain of all
+TRIED_OUTPUTS = 2**18  # another depth changes about one output in 5,000
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (rows, in) and weight (out, in), plain and cast to x's dtype, or packed in it: (rows, out). A row's bits depend
+    on that row alone where rows is a multiple of ROWS: channels are filled up with zeros to a multiple of DEPTH."""
+    if weight.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")  # type: ignore[no-any-return]
+    weight, spare = weight.to(x.dtype), -x.shape[-1] % DEPTH
+    if spare:
+        x, weight = F.pad(x, (0, spare)), F.pad(weight, (0, spare))
+    return F.linear(x, weight)
+
+
+def packed(weight: Tensor) -> Tensor:
+    """The same matrix as oneDNN streams it, an opaque tensor of its shape and dtype (`to_dense` is the way back); or
+    itself, where that cannot be: on a GPU, in a torch without it, on a CPU without bfloat16 products of its own."""
+    if weight.device.type != "cpu" or weight.shape[1] % DEPTH or weight.is_mkldnn:
+        return weight
+    try:
+        return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)  # type: ignore[no-any-return]
+    except (AttributeError, RuntimeError) as error:
+        said_once(f"matrices cannot be packed here ({str(error).splitlines()[0]}): they are read as they are, slower")
+        return weight
+
+
+@dataclass(frozen=True)
+class FewRows:
+    """A packed matrix as our kernel reads it: its memory, which is the tensor's own."""
+
+    weight: Tensor
+    words: Any  # all of the memory, a pair of weights a word
+    depth: int  # inputs of a chain
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (rows, in) bfloat16 -> (rows, out), for any number of rows."""
+        outs, into = self.weight.shape
+        out = torch.empty(len(x), outs, dtype=torch.bfloat16)
+        pairs = array(x.contiguous()).view(np.uint32).reshape(-1)
+        blocks = -(-outs // jit.OUTS)
+        jit.few_rows(blocks, pairs, len(x), into // 2, self.words, self.depth // 2, array(out))
+        return out
+
+
+def few_rows(weight: Tensor, depth: int | None = None) -> FewRows | None:
+    """How our kernel reads a matrix with oneDNN's bits; None where it cannot.
+
+    depth: of another matrix of that shape, found before; None: found now.
+    """
+    words = _words(weight)
+    if words is None:
+        return None
+    depth = depth or _depth(weight, words)
+    return None if depth is None else FewRows(weight, words, depth)
+
+
+def _words(weight: Tensor) -> Any:
+    """The memory of a packed bfloat16 matrix, None where it is not laid out in blocks of OUTS."""
+    if not (jit.RUNS and weight.is_mkldnn and weight.dtype == torch.bfloat16):
+        return None
+    outs, into = weight.shape
+    count = round_up(outs, jit.OUTS) * round_up(into // 2, jit.PAIRS_PADDED)
+    try:
+        address, size = torch.ops.mkldnn.data_ptr(weight), torch.ops.mkldnn._nbytes(weight)
+    except (AttributeError, RuntimeError):
+        return None
+    return np.ctypeslib.as_array((ctypes.c_uint32 * count).from_address(address)) if size == 4 * count else None
+
+
+def _depth(weight: Tensor, words: Any) -> int | None:
+    """Inputs of a chain of oneDNN's sums: those that give its bits on enough products to tell; None: none does."""
+    outs, into = weight.shape
+    x = torch.randn(max(MOST_ROWS, TRIED_OUTPUTS // outs), into, generator=torch.Generator().manual_seed(0)).bfloat16()
+    want = linear(x, weight)
+    for depth in (*(depth for depth in DEPTHS if depth < into), into):
+        if torch.equal(FewRows(weight, words, depth)(x), want):
+            return depth
+    return None

@@ -1,0 +1,119 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from nemotron_h.ops import linear as room
+from nemotron_h.ops.linear import FewRows, few_rows, linear, packed
+from tests.compare import assert_near, seeded
+
+# shapes whose plain product gives a row other bits at another place, on some number of threads
+SHAPES = [(40, 77), (40, 4), (8, 134), (40, 110), (68, 10), (8, 25), (104, 14), (2, 113)]
+
+
+def plain(weight: Tensor) -> Tensor:
+    return weight
+
+
+@pytest.mark.parametrize("laid_out", [plain, packed])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("out", "into"), [*SHAPES, (40, 80), (97, 64), (40, 2048)])
+def test_a_rows_bits_depend_on_that_row_alone(
+    out: int,
+    into: int,
+    dtype: torch.dtype,
+    count: int,
+    laid_out: Callable[[Tensor], Tensor],
+    threads: Callable[[int], None],
+) -> None:
+    threads(count)
+    weight, x = (torch.randn(rows, into, generator=seeded(0)).to(dtype) for rows in (out, 300))
+    weight = laid_out(weight)
+    whole = linear(x, weight)
+    for rows, first in ((4, 1), (8, 3), (100, 5), (256, 7), (4, 100)):
+        assert torch.equal(linear(x[first : first + rows].clone(), weight), whole[first : first + rows])
+
+
+def test_the_value_is_the_product_and_the_weight_is_cast() -> None:
+    weight, x = torch.randn(5, 7), torch.randn(4, 7)
+    torch.testing.assert_close(linear(x, weight), x @ weight.T)
+    assert linear(x.bfloat16(), weight).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_is_the_same_matrix_and_gives_the_same_product(dtype: torch.dtype) -> None:
+    weight, x = (torch.randn(rows, 1024, generator=seeded(rows)).to(dtype) for rows in (96, 40))
+    opaque = packed(weight)
+    if not opaque.is_mkldnn:
+        pytest.skip("this CPU packs no such matrices")
+    assert opaque.shape == weight.shape
+    assert opaque.dtype == weight.dtype
+    assert torch.equal(opaque.to_dense(), weight)
+    assert packed(opaque) is opaque
+    if dtype == torch.bfloat16:
+        assert torch.equal(linear(x, opaque), linear(x, weight))
+    assert_near(linear(x, opaque), x.double() @ weight.double().T, 2**-8 if dtype == torch.bfloat16 else 1e-6)
+
+
+def test_what_cannot_be_packed_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = torch.randn(8, 77)
+    assert packed(odd) is odd
+    meta = torch.empty(8, 16, device="meta")
+    assert packed(meta) is meta
+
+    def refuse(*_: object) -> Tensor:
+        raise RuntimeError("bf16 path needs the cpu support avx512bw\nand more")
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuse)
+    room.said_once.cache_clear()
+    weight = torch.randn(8, 16)
+    with pytest.warns(
+        UserWarning, match=r"^matrices cannot be packed here \(bf16 path needs the cpu support avx512bw\)"
+    ):
+        assert packed(weight) is weight
+    assert packed(weight) is weight  # said once
+
+
+# inputs under, at and over the lengths of a chain; outputs that fill whole blocks and that do not
+FEW = [(40, 48), (192, 4096), (512, 200), (640, 520), (1024, 256), (1040, 96), (2048, 1000), (4104, 64)]
+
+
+@pytest.mark.parametrize(("into", "out"), FEW)
+def test_few_rows_have_the_bits_of_many(into: int, out: int) -> None:
+    weight = packed((torch.randn(out, into, generator=seeded(out)) / into**0.5).bfloat16())
+    read = few_rows(weight)
+    if read is None:
+        pytest.skip("this CPU has no such instruction")
+    x = torch.randn(40, into, generator=seeded(into)).bfloat16()
+    want = linear(x, weight)
+    for rows in (1, 2, 3, 4, 5, 8, 13):
+        assert torch.equal(read(x[7 : 7 + rows]), want[7 : 7 + rows]), rows
+    other = packed(torch.randn(out, into, generator=seeded(1)).bfloat16())
+    again = few_rows(other, read.depth)
+    assert again is not None
+    assert torch.equal(again(x[:4]), linear(x[:4], other))
+
+
+def test_where_no_order_of_sums_has_onednns_bits_onednn_does_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = packed(torch.randn(128, 2048, generator=seeded(0)).bfloat16())
+    read = few_rows(weight)
+    if read is None:
+        pytest.skip("this CPU has no such instruction")
+    assert read.depth == 1024
+    monkeypatch.setattr(room, "DEPTHS", (512,))  # and one chain of all: neither is oneDNN's
+    assert few_rows(weight) is None
+    monkeypatch.setattr(room, "DEPTHS", (512, 1024))
+    assert few_rows(weight) is not None
+    x = torch.randn(2**11, 2048, generator=seeded(1)).bfloat16()
+    assert not torch.equal(FewRows(weight, read.words, 512)(x), linear(x, weight))
+
+
+def test_another_layout_or_dtype_is_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert few_rows(torch.randn(64, 64).bfloat16()) is None
+    assert few_rows(packed(torch.randn(64, 64))) is None
+    monkeypatch.setattr(torch.ops.mkldnn, "_nbytes", lambda weight: 100)
+    assert few_rows(packed(torch.randn(64, 64).bfloat16())) is None
+    monkeypatch.setattr(room.jit, "RUNS", False)
+    assert few_rows(packed(torch.randn(64, 64).bfloat16())) is None
