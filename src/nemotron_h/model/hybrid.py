@@ -14,7 +14,7 @@ from nemotron_h.config.model import AttentionConfig, LayerConfig, MambaConfig, M
 from nemotron_h.errors import ShapeError, UnsupportedError
 from nemotron_h.model.attention import Attention
 from nemotron_h.model.linear import Linear
-from nemotron_h.model.mamba import Gain, Mamba
+from nemotron_h.model.mamba import Gain, Mamba, Taps
 from nemotron_h.model.mlp import Mlp
 from nemotron_h.model.state import AttentionState, MambaState, Paging, State
 from nemotron_h.ops.linear import linear
@@ -78,7 +78,7 @@ class Hybrid(nn.Module):
         if state is None and any(segments.starts):
             raise ShapeError(f"state: must hold what lies before the tokens, which begin at {max(segments.starts)}")
         if state is not None:
-            if wants_gradient(*self.parameters()):
+            if torch.is_grad_enabled() and wants_gradient(*self.parameters()):
                 raise ShapeError("state: must be None where gradients are wanted; got a state; use torch.no_grad()")
             state.enter()
         paging = Paging.of(state.tables, segments) if state is not None else Paging.alone(segments)
@@ -102,12 +102,14 @@ class Hybrid(nn.Module):
         return self.backbone.embeddings.weight if self.config.tied_embeddings else self.lm_head.weight
 
     def pack(self) -> None:
-        """Lay every matrix out for reading, in place, one after the other; it is then not trained any more."""
+        """Lay every matrix, and every conv's taps, out for reading, in place; it is then not trained any more."""
         done: dict[torch.Size, Linear] = {}
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack(done.get(module.weight.shape))
                 done.setdefault(module.weight.shape, module)
+            elif isinstance(module, Taps):
+                module.pack()
 
     def empty_state(self, batch: int) -> State:
         """A state before the first token of so many sequences."""

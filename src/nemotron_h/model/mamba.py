@@ -64,6 +64,11 @@ class Taps(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, 1, kernel, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.empty(channels, dtype=dtype, device=device))
 
+    def pack(self) -> None:
+        """Let each tap's weights lie side by side, as they are read; the shape stays."""
+        turned = self.weight.detach().transpose(0, 2).contiguous().transpose(0, 2)
+        self.weight = nn.Parameter(turned, requires_grad=False)
+
 
 class Gain(nn.Module):
     """A norm's gain (channels)."""

@@ -114,11 +114,9 @@ class Segments:
     @cached_property
     def places(self) -> Tensor:
         """(tokens,) int64: where each row stands among num_chunks * CHUNK places."""
-        return torch.cat(
-            [
-                torch.arange(first * CHUNK + carried, first * CHUNK + carried + length)
-                for first, carried, length in zip(self.chunk_begins, self.carried, self.lengths, strict=True)
-            ]
+        runs = zip(self.chunk_begins, self.carried, self.lengths, strict=True)
+        return torch.from_numpy(
+            np.concatenate([np.arange(length) + (first * CHUNK + held) for first, held, length in runs])
         )
 
     @cached_property
@@ -126,8 +124,8 @@ class Segments:
         """Of each chunk, as int64 arrays of numpy: its segment, the place of its first new row, how many new rows it
         has, and the first of them in the call."""
         begins = np.zeros(self.num_chunks, dtype=np.int64)
-        begins[np.array(self.chunk_begins)] = self.carried
-        counts = torch.bincount(self.places // CHUNK, minlength=self.num_chunks).numpy()
+        begins[list(self.chunk_begins)] = self.carried
+        counts = np.bincount(self.places.numpy() // CHUNK, minlength=self.num_chunks)
         owners = np.arange(len(self)).repeat(self.chunks)
         return owners, begins, counts, counts.cumsum() - counts
 
@@ -139,22 +137,21 @@ class Segments:
     @cached_property
     def owners(self) -> Tensor:
         """(rows,) int64: each row's segment; 0 for padding."""
-        owners = torch.zeros(self.rows, dtype=torch.int64)
-        owners[: self.tokens] = torch.arange(len(self)).repeat_interleave(torch.tensor(self.lengths))
-        return owners
+        owners = np.zeros(self.rows, dtype=np.int64)
+        owners[: self.tokens] = np.arange(len(self)).repeat(self.lengths)
+        return torch.from_numpy(owners)
 
     @cached_property
     def offsets(self) -> Tensor:
         """(rows,) int64: each row's place in its segment; -1 for padding."""
-        offsets = torch.full((self.rows,), -1, dtype=torch.int64)
-        offsets[: self.tokens] = torch.arange(self.tokens) - torch.tensor(self.begins)[self.owners[: self.tokens]]
-        return offsets
+        offsets = np.full(self.rows, -1, dtype=np.int64)
+        offsets[: self.tokens] = np.arange(self.tokens) - np.array(self.begins).repeat(self.lengths)
+        return torch.from_numpy(offsets)
 
     def positions(self, device: torch.device) -> Tensor:
         """(rows,) int64: each row's place in its sequence; 0 for padding."""
-        positions = torch.zeros(self.rows, dtype=torch.int64)
-        for start, begin, length in zip(self.starts, self.begins, self.lengths, strict=True):
-            positions[begin : begin + length] = torch.arange(start, start + length)
+        positions = self.offsets.clamp(min=0) + torch.tensor(self.starts)[self.owners]
+        positions[self.tokens :] = 0
         return positions.to(device)
 
     @cached_property
