@@ -89,3 +89,16 @@ def test_a_config_that_is_none_is_one_line(
 
 def test_an_unknown_preset_names_the_nearest(command: Callable[..., Any]) -> None:
     assert "did you mean nano-9b-v2?" in command("show", "nano-9b").line
+
+
+def test_the_machine_is_shown_and_measured(command: Callable[..., Any]) -> None:
+    facts = json.loads(command("show", "--machine", "--json").out)["machine"]
+    assert facts["precision"] in facts["matmul"]
+    assert 0 < facts["available_bytes"] <= facts["limit_bytes"] <= facts["memory_bytes"]
+    assert facts["bandwidth"] > 1e8
+    out = command("show", "--machine").out
+    for words in ("cores that may be used", "reads memory at", "precision=auto takes", "multiplies bfloat16 at"):
+        assert words in out, words
+    both = command("show", "3m", "--machine").out
+    assert "3m: 3.06M parameters" in both
+    assert "this machine" in both

@@ -1,6 +1,7 @@
 """Text in, text out."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,12 @@ import torch
 
 import nemotron_h
 from nemotron_h.checkpoint.save import save
+from nemotron_h.config.published import read_config
 from nemotron_h.config.sampling import Sampling
-from nemotron_h.errors import CheckpointError, RequestError
-from nemotron_h.inference.load import LanguageModel, load
+from nemotron_h.errors import CapacityError, CheckpointError, RequestError
+from nemotron_h.inference import load as room
+from nemotron_h.inference.load import LanguageModel, load, needed_bytes, read
+from nemotron_h.machine import Memory
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
@@ -21,7 +25,8 @@ Build = Callable[..., Hybrid]
 
 @pytest.fixture
 def language(folder: Path) -> LanguageModel:
-    return load(folder, precision="float32")
+    """Plain: some tests change its weights."""
+    return read(folder, dtype=torch.float32)
 
 
 def test_the_text_is_that_of_the_tokens(language: LanguageModel, tokenizer: Tokenizer) -> None:
@@ -124,7 +129,7 @@ def test_refusals(build: Build, folder: Path, tmp_path: Path, tokenizer: Tokeniz
         language.generate("x", temperature=-1.0)
     with pytest.raises(RequestError, match="stop: must not hold an empty string"):
         language.generate("x", stop="")
-    with pytest.raises(RequestError, match=r"precision: must be one of bfloat16, float32; got 'int4'"):
+    with pytest.raises(RequestError, match=r"precision: must be one of auto, bfloat16, float32; got 'int4'"):
         load(folder, precision="int4")
     save(build(), tmp_path / "ids")
     with pytest.raises(RequestError, match=r"prompt: needs a tokenizer.json in the checkpoint folder"):
@@ -156,3 +161,63 @@ def test_an_empty_prompt_begins_a_text(language: LanguageModel) -> None:
 def test_bfloat16_is_the_default(folder: Path) -> None:
     assert load(folder).model.compute_dtype == torch.bfloat16
     assert load(folder, precision="float32").model.head_weight.dtype == torch.float32
+
+
+def test_what_was_loaded_is_packed_frozen_and_saved_as_it_was(folder: Path, tmp_path: Path) -> None:
+    language = load(folder, precision="bfloat16")
+    assert not any(parameter.requires_grad for parameter in language.model.parameters())
+    language.save(tmp_path / "again")
+    first, again = (read(path, dtype=torch.bfloat16).model for path in (folder, tmp_path / "again"))
+    for (name, mine), theirs in zip(first.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+    ids = list(language.tokens([5, 9], max_tokens=5, ignore_end=True))
+    assert ids == list(LanguageModel(first, None).tokens([5, 9], max_tokens=5, ignore_end=True))
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float], None]:
+    """A machine that multiplies bfloat16 and float32 at these rates."""
+
+    def rates(bfloat16: float, float32: float) -> None:
+        monkeypatch.setattr(room, "rates", lambda device: {"bfloat16": bfloat16, "float32": float32})
+
+    return rates
+
+
+def test_auto_takes_what_the_machine_multiplies_fast(folder: Path, measured: Callable[[float, float], None]) -> None:
+    measured(400e9, 170e9)
+    assert load(folder).model.compute_dtype == torch.bfloat16
+    measured(2e9, 100e9)
+    assert load(folder).model.compute_dtype == torch.float32
+    with pytest.warns(UserWarning, match=r"^bfloat16 is 50 times slower than float32 here; take precision=auto$"):
+        assert load(folder, precision="bfloat16").model.compute_dtype == torch.bfloat16
+
+
+def test_what_cannot_fit_is_refused_with_both_numbers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = read_config(folder / "config.json")
+    narrow, wide = (needed_bytes(config, name) for name in ("bfloat16", "float32"))
+    weights = sum(p.nbytes for p in read(folder, dtype=torch.bfloat16).model.parameters())
+    assert weights < narrow < 1.6 * weights  # a model this small is half a table
+    monkeypatch.setattr(room.machine, "memory", lambda: Memory(10**12, 10**7, narrow))
+    assert load(folder, precision="bfloat16")
+    said = f"{folder}: needs {wide:,} bytes of memory in float32; {narrow:,} of 10,000,000 are free; "
+    with pytest.raises(CapacityError, match=f"^{re.escape(said)}precision=bfloat16 would fit$"):
+        load(folder, precision="float32")
+    monkeypatch.setattr(room.machine, "memory", lambda: Memory(10**12, 10**7, narrow - 1))
+    with pytest.raises(CapacityError, match=r"are free; no precision would fit; take a smaller model$"):
+        load(folder, precision="bfloat16")
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "meta", "tpu", ""])
+def test_a_device_that_is_not_here_is_refused(folder: Path, device: str) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(RequestError, match=rf"^device: must be .*; got '{device}'"):
+        load(folder, device=device)
+
+
+def test_a_name_of_the_hub_is_looked_for_and_a_path_is_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(room, "resolve", lambda path: asked.append(path) or folder)
+    load("org/name@main")
+    assert asked == ["org/name@main"]

@@ -21,6 +21,7 @@ from nemotron_h.cli.pull import pull
 from nemotron_h.cli.run import run
 from nemotron_h.cli.show import show
 from nemotron_h.cli.train import train
+from nemotron_h.cli.verify import verify
 from nemotron_h.errors import NemotronError
 
 DEBUG = "--debug"
@@ -33,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (run, train, generate, show, pull, ls, convert):
+for verb in (run, train, generate, show, verify, pull, ls, convert):
     app.command()(verb)
 
 

@@ -8,7 +8,7 @@ import typer
 
 
 def generate(
-    path: Annotated[str, typer.Argument(help="A checkpoint folder.")],
+    path: Annotated[str, typer.Argument(help="A checkpoint folder, or org/name[@revision] on the Hub.")],
     prompt: Annotated[str | None, typer.Argument(help="The text to go on from.")] = None,
     ids: Annotated[str | None, typer.Option(help="Token ids instead of a prompt: 5,9,13.")] = None,
     prompt_file: Annotated[str | None, typer.Option(help="A UTF-8 file with the prompt.")] = None,
@@ -18,7 +18,8 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Draw among so many of the likeliest tokens; 0: all.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text (may be given several times).")] = None,
-    precision: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    precision: Annotated[str, typer.Option(help="bfloat16, float32, or auto: what is fast here.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on after an end token.")] = False,
     ignore_defaults: Annotated[
         bool, typer.Option("--ignore-defaults", help="Draw by these options alone, not by the checkpoint's defaults.")
@@ -47,10 +48,13 @@ def generate(
     numbers = read_ids(ids) if ids is not None else []
     text = read_prompt(prompt_file) if prompt_file is not None else prompt or ""
     # after the checks: they import torch
+    from nemotron_h.cli.pull import folder_of
     from nemotron_h.cli.summary import printable
-    from nemotron_h.inference.load import load
+    from nemotron_h.inference.load import check_precision, load, usable
 
-    model = load(path, precision=precision)
+    check_precision(precision)
+    usable(device)
+    model = load(folder_of(path), precision=precision, device=device)
     if not ignore_defaults:
         defaults = model.companions.generation
         sampling = defaults.sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)

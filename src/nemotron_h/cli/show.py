@@ -15,30 +15,93 @@ CONTEXTS = (1024, 65_536, 131_072, 1_048_576)
 
 
 def show(
-    model: Annotated[str, typer.Argument(metavar="PRESET|PATH", help="A preset's name, or a checkpoint folder.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="PRESET|PATH", help="A preset's name, a checkpoint folder, or org/name on the Hub."),
+    ] = None,
+    this_machine: Annotated[
+        bool, typer.Option("--machine", help="Show what this machine has, and measure it.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show a model's layers, its parameters by kind, and what memory and work it needs by context."""
-    config = model_config(model)
+    """Show a model's layers, its parameters by kind, and what memory and work it needs by context; or the machine."""
+    from nemotron_h.errors import RequestError
+
+    if model is None and not this_machine:
+        raise RequestError("PRESET|PATH: must be given, or --machine; got neither; --help shows the usage")
+    config = None if model is None else model_config(model)
     if as_json:
-        print(json.dumps({"model": model, **facts(config)}))
+        named = {} if config is None else {"model": model, **facts(config)}
+        print(json.dumps(named | ({"machine": machine_facts()} if this_machine else {})))
         return
     from rich.console import Console
 
     console = Console()
-    for part in (*made_of(model, config), *needs(config)):
+    parts = [] if model is None or config is None else [*made_of(model, config), *needs(config)]
+    for part in (*parts, *(drawn_machine(machine_facts()) if this_machine else ())):
         console.print(part, highlight=False)
 
 
 def model_config(model: str) -> "ModelConfig":
-    """A preset's config, or that of a checkpoint folder or config.json."""
+    """A preset's config, or that of a config.json, a checkpoint folder, or a name on the Hub."""
+    from nemotron_h.cli.pull import folder_of
     from nemotron_h.config.presets import PRESETS, preset
     from nemotron_h.config.published import read_config
 
-    path = Path(model)
-    if model not in PRESETS and path.exists():
-        return read_config(path / "config.json" if path.is_dir() else path)
-    return preset(model)
+    if model in PRESETS or ("/" not in model and not Path(model).exists()):
+        return preset(model)
+    path = folder_of(model, weights=False)
+    return read_config(path / "config.json" if path.is_dir() else path)
+
+
+def machine_facts() -> dict[str, Any]:
+    """What this machine has and, measured now, can do; in bytes, and in operations and bytes per second."""
+    import torch
+
+    from nemotron_h import machine
+    from nemotron_h.ops.jit import linear, scalars
+
+    rates, memory = machine.matmul_rates(), machine.memory()
+    return {
+        "cpu": machine.cpu_name(),
+        "features": list(machine.cpu_features()),
+        "cores": machine.cores(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": memory.total_bytes,
+        "limit_bytes": memory.limit_bytes,
+        "available_bytes": memory.available_bytes,
+        "bandwidth": machine.bandwidth(),
+        "matmul": rates,
+        "precision": machine.best_precision(rates),
+        "kernels": scalars.MISSING or "compiled by numba",
+        "few_rows": "our kernel" if linear.RUNS else "oneDNN",
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "torch": torch.__version__,
+    }
+
+
+def drawn_machine(facts: dict[str, Any]) -> list["RenderableType"]:
+    """The same as a table."""
+    from nemotron_h.report.table import table
+    from nemotron_h.report.units import format_bytes
+
+    limited = facts["limit_bytes"] < facts["memory_bytes"]
+    rows = [
+        ("processor", facts["cpu"]),
+        ("vector instructions", ", ".join(facts["features"]) or "unknown"),
+        ("cores that may be used", f"{facts['cores']}; torch takes {facts['threads']} threads"),
+        ("memory", format_bytes(facts["memory_bytes"])),
+        *([("of it the container may have", format_bytes(facts["limit_bytes"]))] if limited else []),
+        ("free now", format_bytes(facts["available_bytes"])),
+        ("reads memory at", f"{facts['bandwidth'] / 1e9:.0f} GB/s"),
+        *((f"multiplies {name} at", f"{rate / 1e9:,.0f} GFLOP/s") for name, rate in facts["matmul"].items()),
+        ("precision=auto takes", facts["precision"]),
+        ("CPU kernels", facts["kernels"]),
+        ("few rows in bfloat16", facts["few_rows"]),
+        ("GPUs that torch sees", ", ".join(facts["gpus"]) or "none"),
+        ("torch", facts["torch"]),
+    ]
+    return [table(rows, ["this machine", ""])]
 
 
 def facts(config: "ModelConfig") -> dict[str, Any]:

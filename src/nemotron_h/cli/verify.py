@@ -9,7 +9,8 @@ import typer
 
 def verify(
     path: Annotated[str, typer.Argument(help="A checkpoint folder, or org/name[@revision] on the Hub.")],
-    precision: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
+    precision: Annotated[str, typer.Option(help="bfloat16, float32, or auto: what is fast here.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check a checkpoint on this machine: bits that do not depend on cuts, batches or steps; the scan; the folder.
@@ -20,11 +21,13 @@ def verify(
 
     from nemotron_h.checkpoint.check import check_folder
     from nemotron_h.cli.pull import folder_of
-    from nemotron_h.inference.load import load
+    from nemotron_h.inference.load import check_precision, load, usable
     from nemotron_h.model.check import check
 
+    check_precision(precision)
+    usable(device)
     folder = folder_of(path)
-    model = load(folder, precision=precision).model
+    model = load(folder, precision=precision, device=device).model
     findings = []
     for finding in chain(check(model), check_folder(folder, model)):
         findings.append(finding)

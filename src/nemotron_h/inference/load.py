@@ -1,23 +1,30 @@
 """The public way in: `load(path)` gives all that a checkpoint folder holds, with `generate` and `save`."""
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
 
+from nemotron_h import machine
 from nemotron_h.checkpoint.companions import Companions, end_ids, read_companions
-from nemotron_h.checkpoint.load import checkpoint_folder
+from nemotron_h.checkpoint.hub import resolve
 from nemotron_h.checkpoint.load import load as load_model
+from nemotron_h.checkpoint.save import CONFIG
 from nemotron_h.checkpoint.save import save as save_model
-from nemotron_h.config.published import Dialect
+from nemotron_h.config.cost import matrices, weight_bytes
+from nemotron_h.config.model import ModelConfig
+from nemotron_h.config.published import Dialect, read_config
 from nemotron_h.config.sampling import Sampling
-from nemotron_h.errors import RequestError
+from nemotron_h.errors import CapacityError, RequestError
 from nemotron_h.inference import naive
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.text.stream import StopStrings, TextStream
 from nemotron_h.text.tokenizer import TOKENIZER_FILE, Tokenizer, check_fits
 
+AUTO = "auto"
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -138,14 +145,88 @@ def _pieces(new: Iterator[int], text: TextStream, stops: StopStrings) -> Iterato
     yield stops.finish()
 
 
-def load(path: str | Path, *, precision: str = "bfloat16") -> LanguageModel:
-    """What a checkpoint folder holds. precision: bfloat16 or float32, of weights and products.
+def load(path: str | Path, *, precision: str = AUTO, device: torch.device | str = "cpu") -> LanguageModel:
+    """What a checkpoint holds, ready to read and generate; its matrices are packed, and not trained any more.
 
-    Raises: CheckpointError, ConfigError or UnsupportedError in one line.
+    path: a folder, or as a string `org/name[@revision]` of the Hub: from the cache, else downloaded.
+    precision: of weights and products, one of PRECISIONS, or auto: what this machine multiplies fast, measured.
+    Raises: CheckpointError, ConfigError or UnsupportedError in one line; CapacityError where memory is too small.
     """
-    if precision not in PRECISIONS:
-        raise RequestError(f"precision: must be one of {', '.join(PRECISIONS)}; got {precision!r}")
-    folder = checkpoint_folder(path)
-    model = load_model(folder, dtype=PRECISIONS[precision])
+    check_precision(precision)
+    device = usable(device)
+    folder = resolve(path)
+    chosen = chosen_precision(precision, device)
+    check_memory(folder, chosen, device)
+    language = read(folder, dtype=PRECISIONS[chosen], device=device)
+    language.model.requires_grad_(False)
+    language.model.pack()
+    return language
+
+
+def read(folder: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> LanguageModel:
+    """What a checkpoint folder holds as it lies there: a weight that is stored in dtype is mapped and never copied."""
+    model = load_model(folder, dtype=dtype, device=device)
     tokenizer = Tokenizer.load(folder) if (folder / TOKENIZER_FILE).exists() else None
     return LanguageModel(model, tokenizer, read_companions(folder))
+
+
+def check_precision(precision: str) -> None:
+    """Refuse one that is not known."""
+    if precision not in (AUTO, *PRECISIONS):
+        raise RequestError(f"precision: must be one of {AUTO}, {', '.join(PRECISIONS)}; got {precision!r}")
+
+
+def usable(device: torch.device | str) -> torch.device:
+    """The device, once it is known to be here. Raises: RequestError."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:  # torch says some of it by assert
+        reason = str(error).splitlines()[0]
+        raise RequestError(f"device: must be one that torch can use here; got {str(device)!r} ({reason})") from None
+    if found.type not in ("cpu", "cuda"):
+        raise RequestError(f"device: must be cpu or cuda; got {str(device)!r}")
+    return found
+
+
+@cache
+def rates(device: torch.device) -> Mapping[str, float]:
+    """What the device multiplies in a second, by precision: measured once a process."""
+    return machine.matmul_rates(device)
+
+
+def chosen_precision(asked: str, device: torch.device) -> str:
+    """The precision asked for, or the better one; bfloat16 asked for by name where it is slow says by how much."""
+    found = rates(device)
+    if asked == AUTO:
+        return machine.best_precision(found)
+    if asked == "bfloat16" and machine.best_precision(found) != asked:
+        times = found["float32"] / found[asked]
+        warnings.warn(f"bfloat16 is {times:.0f} times slower than float32 here; take precision=auto", stacklevel=3)
+    return asked
+
+
+def check_memory(folder: Path, precision: str, device: torch.device) -> None:
+    """Refuse what cannot fit before it is read. Raises: CapacityError with both numbers."""
+    config = read_config(folder / CONFIG)
+    needed = {name: needed_bytes(config, name) for name in PRECISIONS}
+    if device.type == "cuda":
+        available, limit = torch.cuda.mem_get_info(device)
+    else:
+        memory = machine.memory()
+        available, limit = memory.available_bytes, memory.limit_bytes
+    if needed[precision] <= available:
+        return
+    fits = [name for name, size in needed.items() if size <= available]
+    advice = f"precision={fits[0]} would fit" if fits else "no precision would fit; take a smaller model"
+    raise CapacityError(
+        f"{folder}: needs {needed[precision]:,} bytes of memory in {precision}; {available:,} of {limit:,} are free; "
+        f"{advice}"
+    )
+
+
+def needed_bytes(config: ModelConfig, precision: str) -> int:
+    """To load: all weights, and the largest of them a second time while it is laid out."""
+    shapes = [shape for layer in config.layers for shape in matrices(layer, config.hidden_size)]
+    largest = max(rows * columns for rows, columns in (*shapes, (config.vocab_size, config.hidden_size)))
+    return sum(weight_bytes(config, precision).values()) + largest * PRECISIONS[precision].itemsize
