@@ -45,9 +45,10 @@ def test_logits_and_every_gradient_equal_the_float64_definition(name: str) -> No
     assert_near(logits.detach(), want.detach(), ROUNDING, "logits")
     wanted = torch.autograd.grad(F.cross_entropy(want, targets), list(weights.values()))
     for parameter, value, exact in zip(parameters, got, wanted, strict=True):
-        # where a group of the gated norm is all small its slope is steep; one number a head is a sum that cancels
+        # where a group of the gated norm is all small its slope is steep, and groups of 16 channels often are (torch's
+        # own operators are as far there); one number a head is a sum that cancels
         few = parameter.endswith(("A_log", "dt_bias", "mixer.D"))
-        assert_near(value, exact, 1e-2 if few else 3e-3, parameter)
+        assert_near(value, exact, 1e-2 if few or name == "47b" else 2e-4, parameter)
     with torch.no_grad():
         assert_near(net(tokens, documents=documents)[0], want.detach(), ROUNDING, "logits without gradients")
 
