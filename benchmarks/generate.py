@@ -9,7 +9,6 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
-from statistics import median
 
 import torch
 from contest import Contestant, turns
@@ -44,7 +43,9 @@ def against_transformers(parent: Path, peer_python: str, n: int) -> list[Row]:
     runs = turns([ours, peer], "decode", n, length=DECODED, after=512)
     rows.append(row("256 M, bfloat16, decoding", "tokens/s", *runs, version, higher=True))
     roof = machine.bandwidth() / decoded_bytes("256m")
-    rows.append(row("256 M, decoding, share of the memory's rate", "of 1", [run / roof for run in runs[0]], higher=True))
+    rows.append(
+        row("256 M, decoding, share of the memory's rate", "of 1", [run / roof for run in runs[0]], higher=True)
+    )
     for contestant in (ours, peer):
         contestant.close()
     return rows
@@ -63,7 +64,13 @@ def memory(parent: Path, peer_python: str) -> list[Row]:
             version = contestant.about["version"]
             contestant.close()
         rows.append(
-            row(f"256 M, peak memory at {length:,} tokens", "MiB", *peaks, version if len(peaks) > 1 else None, higher=False)
+            row(
+                f"256 M, peak memory at {length:,} tokens",
+                "MiB",
+                *peaks,
+                version if len(peaks) > 1 else None,
+                higher=False,
+            )
         )
     return rows
 

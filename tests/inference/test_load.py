@@ -221,3 +221,17 @@ def test_a_name_of_the_hub_is_looked_for_and_a_path_is_not(folder: Path, monkeyp
     monkeypatch.setattr(room, "resolve", lambda path: asked.append(path) or folder)
     load("org/name@main")
     assert asked == ["org/name@main"]
+
+
+def test_a_message_is_answered_through_the_checkpoints_template(folder: Path, tokenizer: Tokenizer) -> None:
+    language = read(folder, dtype=torch.float32)
+    source = (
+        "{% for m in messages %}{{ bos_token }}{{ m.content }}{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+    )
+    own = LanguageModel(language.model, tokenizer, replace(language.companions, chat_template=source))
+    got = "".join(own.chat([{"role": "user", "content": "the hybrid"}], max_tokens=12, sampling=Sampling()))
+    ids = [1, *tokenizer.encode("the hybrid:")]
+    new = language.tokens(ids, max_tokens=12, sampling=Sampling())
+    assert got == tokenizer.decode(new)
+    with pytest.raises(RequestError, match=r"^enable_thinking: must be a variable of the chat template; it has none"):
+        own.chat([{"role": "user", "content": "x"}], variables={"enable_thinking": True})

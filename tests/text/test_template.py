@@ -1,7 +1,6 @@
 import json
 import re
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -307,48 +306,23 @@ def test_reply_equals_transformers_mask(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_folder_without_a_template_has_the_familys(tokenizer: Tokenizer, tmp_path: Path, family: str) -> None:
-    variant(tokenizer, family).save(tmp_path)
-    loaded = Tokenizer.load(tmp_path)
-    source = ChatTemplate.load(tmp_path, loaded).source
+def test_a_checkpoint_without_a_template_has_the_familys(tokenizer: Tokenizer, family: str) -> None:
+    owner = variant(tokenizer, family)
+    source = ChatTemplate.of(None, owner).source
     word = {"nemotron_h": "{'reasoning': True}", "nano_v2": "/no_think", "nemotron_3": "<|im_start|>"}[family]
     assert word in source
-    assert source == built_in(loaded)
+    assert source == built_in(owner)
 
 
-def test_a_checkpoints_own_template_comes_first(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    settings_ = json.loads(tokenizer._settings or b"{}")
-    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "from the list"}]
-    for template, wanted in ((named, "from the list"), ("from the settings", "from the settings")):
-        content = json.dumps({**settings_, "chat_template": template}).encode()
-        owner = Tokenizer(tokenizer._source, content)
-        owner.save(tmp_path)
-        assert ChatTemplate.load(tmp_path, owner).render([HELLO]) == wanted
-    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}grüß{{ eos_token }}", encoding="utf-8")
-    own = ChatTemplate.load(tmp_path, owner).encode([HELLO])
+def test_a_checkpoints_own_template_comes_first(tokenizer: Tokenizer) -> None:
+    own = ChatTemplate.of("{{ bos_token }}grüß{{ eos_token }}", tokenizer).encode([HELLO])
     assert (own.text, own.ids[0], own.ids[-1]) == ("<s>grüß</s>", 1, 2)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"{% if %}", r"chat_template\.jinja: must be a chat template we can run; Expected an expression.* in line 1"),
-        (b"\xff", r"chat_template\.jinja: must be UTF-8; got .* at byte 0"),
-    ],
-)
-def test_a_broken_template_is_named(tokenizer: Tokenizer, tmp_path: Path, content: bytes, message: str) -> None:
-    (tmp_path / "chat_template.jinja").write_bytes(content)
+def test_a_broken_template_is_named(tokenizer: Tokenizer) -> None:
+    message = r"chat_template\.jinja: must be a chat template we can run; Expected an expression.* in line 1"
     with pytest.raises(CheckpointError, match=message):
-        ChatTemplate.load(tmp_path, tokenizer)
-
-
-@pytest.mark.parametrize("template", [[{"name": "rag", "template": "a"}], 5])
-def test_settings_without_a_default_template_are_refused(
-    tokenizer: Tokenizer, tmp_path: Path, template: object
-) -> None:
-    owner = Tokenizer(tokenizer._source, json.dumps({"chat_template": template}).encode())
-    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: chat_template must be text, or a list"):
-        ChatTemplate.load(tmp_path, owner)
+        ChatTemplate.of("{% if %}", tokenizer)
 
 
 def test_no_template_fits_a_tokenizer_without_the_familys_tokens(tokenizer: Tokenizer) -> None:

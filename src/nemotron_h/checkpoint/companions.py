@@ -6,6 +6,7 @@ README.md                   the model card
 LICENSE*, NOTICE*           carried into anything that is made from it
 """
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -102,6 +103,8 @@ def _read_template(folder: Path) -> str | None:
     value = read_object(path).get("chat_template")
     if isinstance(value, list):  # the others stay in tokenizer_config.json, which is carried whole
         named = [entry for entry in value if isinstance(entry, dict) and entry.get("name") == "default"]
+        if value and not named:
+            warnings.warn(f"{path}: chat_template has none named default; the family's is taken", stacklevel=4)
         value = named[0].get("template") if named else None
     if value is None:
         return None

@@ -11,6 +11,8 @@ def generate(
     path: Annotated[str, typer.Argument(help="A checkpoint folder, or org/name[@revision] on the Hub.")],
     prompt: Annotated[str | None, typer.Argument(help="The text to go on from.")] = None,
     ids: Annotated[str | None, typer.Option(help="Token ids instead of a prompt: 5,9,13.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="PROMPT is a message, to be answered.")] = False,
+    system: Annotated[str | None, typer.Option(help="With --chat: the system message before it.")] = None,
     prompt_file: Annotated[str | None, typer.Option(help="A UTF-8 file with the prompt.")] = None,
     max_tokens: Annotated[int, typer.Option(help="How many tokens at most.")] = 128,
     temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token each time.")] = None,
@@ -45,6 +47,13 @@ def generate(
     sampling = Generation().sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     if ids is not None and stop:
         raise RequestError("stop: needs a text prompt; got --ids; cut the ids yourself")
+    if system is not None and not chat:
+        raise RequestError("system: needs --chat; got a system message for a text to go on from")
+    for flag, given_too in (("--ids", ids is not None), ("--ignore-end", ignore_end)):
+        if chat and given_too:
+            raise RequestError(
+                f"chat: must not be given with {flag}; a reply is text, and ends where the model ends it"
+            )
     numbers = read_ids(ids) if ids is not None else []
     text = read_prompt(prompt_file) if prompt_file is not None else prompt or ""
     # after the checks: they import torch
@@ -62,7 +71,12 @@ def generate(
         new = list(model.tokens(numbers, max_tokens=max_tokens, sampling=sampling, ignore_end=ignore_end))
         print(json.dumps({"ids": new}) if as_json else ",".join(map(str, new)))
         return
-    pieces = model.stream(text, max_tokens=max_tokens, sampling=sampling, stop=stop or (), ignore_end=ignore_end)
+    if chat:
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        messages.append({"role": "user", "content": text})
+        pieces = model.chat(messages, max_tokens=max_tokens, sampling=sampling, stop=stop or ())
+    else:
+        pieces = model.stream(text, max_tokens=max_tokens, sampling=sampling, stop=stop or (), ignore_end=ignore_end)
     if as_json:
         print(json.dumps({"text": "".join(pieces)}))
         return

@@ -3,8 +3,9 @@
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +26,9 @@ from nemotron_h.inference import naive
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.text.stream import StopStrings, TextStream
 from nemotron_h.text.tokenizer import TOKENIZER_FILE, Tokenizer, check_fits
+
+if TYPE_CHECKING:
+    from nemotron_h.text.template import ChatTemplate, Message
 
 AUTO = "auto"
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -81,11 +85,48 @@ class LanguageModel:
         A vocabulary may be padded beyond the tokenizer's, and that may have holes: ids that stand for no text are never
         drawn.
         """
+        ids = self.prompt_ids(prompt)
+        return self._stream(ids, max_tokens=max_tokens, sampling=sampling, stop=stop, ignore_end=ignore_end)
+
+    def chat(
+        self,
+        messages: "Sequence[Message]",
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        max_tokens: int = 128,
+        sampling: Sampling | None = None,
+        stop: str | Sequence[str] = (),
+    ) -> Iterator[str]:
+        """The reply to messages, [{"role": "user", "content": "..."}, ...], as it comes: its thinking and its tool
+        calls are in the text (`text/spans.py` tells them apart).
+
+        variables: of the chat template, such as enable_thinking. Raises: RequestError for what it does not take.
+        """
+        prompt = self.template.encode(messages, tools=tools, variables=variables, add_generation_prompt=True)
+        return self._stream(prompt.ids, max_tokens=max_tokens, sampling=sampling, stop=stop, ignore_end=False)
+
+    @cached_property
+    def template(self) -> "ChatTemplate":
+        """The checkpoint's chat template, or the family's."""
+        from nemotron_h.text.template import ChatTemplate  # noqa: PLC0415 - who does not chat does not wait for jinja2
+
+        return ChatTemplate.of(self.companions.chat_template, self._tokenizer())
+
+    def _stream(
+        self,
+        ids: Sequence[int],
+        *,
+        max_tokens: int,
+        sampling: Sampling | None,
+        stop: str | Sequence[str],
+        ignore_end: bool,
+    ) -> Iterator[str]:
         tokenizer = self._tokenizer()
         stops, text = StopStrings([stop] if isinstance(stop, str) else stop), TextStream(tokenizer)
         new = naive.tokens(
             self.model,
-            self.prompt_ids(prompt),
+            ids,
             max_tokens=max_tokens,
             sampling=self._sampling(sampling),
             ends=self._ends(ignore_end),

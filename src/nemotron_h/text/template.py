@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.resources import files
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Self
 
 from nemotron_h.errors import CheckpointError, RequestError, UnsupportedError
@@ -22,7 +21,7 @@ from nemotron_h.text.marked import REPLY, WRITTEN, MarkedText
 from nemotron_h.text.messages import checked_json, checked_messages
 from nemotron_h.text.render import MessagesError, Program
 from nemotron_h.text.syntax import RefusedError
-from nemotron_h.text.tokenizer import SETTINGS_FILE, TOKENIZER_FILE, Tokenizer
+from nemotron_h.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 TEMPLATE_FILE = "chat_template.jinja"
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -67,21 +66,9 @@ class ChatTemplate:
             raise CheckpointError(f"{where}: must be a chat template we can run; {error}") from None
 
     @classmethod
-    def load(cls, folder: str | Path, tokenizer: Tokenizer) -> Self:
-        """The checkpoint's own: chat_template.jinja, else tokenizer_config.json's; else the family's (`built_in`)."""
-        file = Path(folder) / TEMPLATE_FILE
-        try:
-            return cls(file.read_text(encoding="utf-8"), tokenizer, where=str(file))
-        except FileNotFoundError:
-            settings_file = str(Path(folder) / SETTINGS_FILE)
-        except UnicodeDecodeError as error:
-            raise CheckpointError(f"{file}: must be UTF-8; got {error.reason} at byte {error.start}") from None
-        except OSError as error:
-            raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
-        source = _from_settings(tokenizer.settings, settings_file)
-        if source is None:
-            return cls(built_in(tokenizer), tokenizer)
-        return cls(source, tokenizer, where=settings_file)
+    def of(cls, source: str | None, tokenizer: Tokenizer) -> Self:
+        """A checkpoint's own; None: it has none, and the family's is taken (`built_in`)."""
+        return cls(built_in(tokenizer) if source is None else source, tokenizer)
 
     @property
     def reads(self) -> frozenset[str]:
@@ -181,15 +168,3 @@ def built_in(tokenizer: Tokenizer) -> str:
         )
     folder = files("nemotron_h.text") / "templates"
     return "".join((folder / f"{name}.jinja").read_text(encoding="utf-8") for name in ("message", family))
-
-
-def _from_settings(settings: Mapping[str, Any], where: str) -> str | None:
-    """chat_template of tokenizer_config.json: a text, or a list of named ones, of which `default` is taken."""
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default", template)
-    if template is not None and not isinstance(template, str):
-        rule = "must be text, or a list of templates with one named default"
-        raise CheckpointError(f"{where}: chat_template {rule}; got {template!r:.60}")
-    return template

@@ -1,0 +1,80 @@
+"""Every number that was measured comes from a file in benchmarks/results, with the command and machine that gave it."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted(path.name for path in (ROOT / "benchmarks" / "results").glob("*.json"))
+FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+STATED = re.compile(r".*<!-- stated: .+ -->.*\n?")  # a line whose number is a setting, a definition or a test's bound
+MEASURED = re.compile(
+    r"\d[\d,.]*\s*(?:tokens/s|tok/s|steps/s|[GMT]B/s|[GT]FLOP/s|[KMG]i?B\b|ms\b|s\b|seconds|minutes|hours"
+    r"|times (?:faster|slower|as fast|as slow)|x faster|bits per byte|%)"
+)
+
+
+def module() -> ModuleType:
+    """benchmarks/results.py, which is no package's."""
+    spec = importlib.util.spec_from_file_location("results", ROOT / "benchmarks" / "results.py")
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    import sys
+
+    sys.modules["results"] = loaded  # its dataclass looks itself up
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+results = module()
+
+
+def unfounded(text: str) -> list[str]:
+    """Lines with a measured number that is in no table made from a file."""
+    bare = STATED.sub("\n", results.BLOCK.sub("", FENCE.sub("", text)))
+    return [line for line in bare.splitlines() if MEASURED.search(line)]
+
+
+@pytest.mark.parametrize("page", [path.relative_to(ROOT).as_posix() for path in results.pages()])
+def test_pages_hold_no_number_that_no_result_holds(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert unfounded(text) == []
+    assert results.rendered(text) == text, "run python benchmarks/results.py"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_results_file_says_what_gave_it(file: str) -> None:
+    content: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / file).read_text())
+    for key in ("command", "commit", "date", "cpu", "cpu_features", "threads", "torch", "python", "rows"):
+        assert content[key], key
+    for row in content["rows"]:
+        assert set(row) == {"what", "unit", "ours", "peer", "peer_version", "ratio", "n", "spread"}
+        assert (row["peer"] is None) == (row["peer_version"] is None) == (row["ratio"] is None)
+        if row["ratio"] is not None:
+            quotient = row["ours"] / row["peer"]
+            assert row["ratio"] == pytest.approx(quotient) or row["ratio"] == pytest.approx(1 / quotient)
+
+
+def test_a_number_without_a_file_is_found() -> None:
+    assert unfounded("It decodes 57 tokens/s.\nThree layers.\n") == ["It decodes 57 tokens/s."]
+    assert unfounded("Loads in 3.5 s and is 12 % smaller.") != []
+    assert unfounded("Blocks of 256 tokens, 64 places, 8 heads, 4.5 bits a weight; step 12.") == []
+    assert unfounded("```\nloss 3.1, 5 tokens/s\n```\n") == []
+    assert unfounded("At most 240 s. <!-- stated: a recipe's limit -->\n") == []
+    assert unfounded("<!-- results x -->\n| 57 tokens/s |\n<!-- end -->\n") == []
+
+
+def test_medians_ratios_and_spreads() -> None:
+    faster = results.row("a", "tokens/s", [90, 100, 130], [40, 50, 55], "peer 1", higher=True)
+    assert (faster.ours, faster.peer, faster.ratio, faster.n) == (100, 50, 2.0, 3)
+    assert faster.spread == pytest.approx(0.4)
+    smaller = results.row("b", "MiB", [100], [300], "peer 1", higher=False)
+    assert smaller.ratio == 3.0
+    alone = results.row("c", "of 1", [0.5, 0.6], higher=True)
+    assert (alone.peer, alone.ratio) == (None, None)
