@@ -24,7 +24,7 @@ from torch import Tensor
 from nemotron_h.errors import ShapeError
 from nemotron_h.grid import CHUNK, ROWS, round_up
 
-PIECE = 32  # rows of one task of attention: it divides BLOCK, so that a piece lies in one block
+PIECE = 64  # rows of one task of attention: it divides BLOCK, so that a piece lies in one block
 
 
 @dataclass(frozen=True)
