@@ -53,3 +53,11 @@ def test_an_example_tells_where_its_checkpoint_is_and_leaves_nothing_else(
 def test_every_room_has_a_page() -> None:
     rooms = {path.parent.name for path in (ROOT / "src" / "nemotron_h").glob("*/__init__.py")}
     assert rooms - {Path(page).stem for page in PAGES} == set()
+
+
+@pytest.mark.parametrize("page", ["README.md", *PAGES])
+def test_tests_that_a_page_names_exist(page: str) -> None:
+    for path, name in re.findall(r"`(tests/[\w/]+(?:\.py)?/?)(?:::(\w+))?`", (ROOT / page).read_text(encoding="utf-8")):
+        assert (ROOT / path).exists(), path
+        if name:
+            assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), (path, name)

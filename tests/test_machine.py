@@ -97,8 +97,10 @@ def test_bfloat16_is_taken_where_it_is_not_three_times_slower(bfloat16: float, f
 
 def test_the_slower_call_is_found_to_be_slower() -> None:
     small, large = torch.randn(16, 16), torch.randn(600, 600)
-    quick, slow = machine.fastest([lambda: small @ small, lambda: large @ large], for_seconds=0.02)
-    assert 0 < quick < slow
+    quick, slow = machine.timed([lambda: small @ small, lambda: large @ large], for_seconds=0.02)
+    assert 0 < quick[0] < slow[0]
+    assert quick == sorted(quick)
+    assert len(quick) == len(slow)
     rates = machine.matmul_rates(size=64, rows=8)
     assert set(rates) == {"bfloat16", "float32"}
     assert all(rate > 1e6 for rate in rates.values())

@@ -105,19 +105,18 @@ def cpu_features() -> tuple[str, ...]:
     return tuple(name for name in FEATURES if features.get(name))
 
 
-def fastest(calls: Sequence[Callable[[], object]], for_seconds: float) -> list[float]:
-    """Seconds of the fastest run of each call. They take turns: other programs can only make a run slower, and then
-    each call alike."""
-    best = [math.inf] * len(calls)
+def timed(calls: Sequence[Callable[[], object]], for_seconds: float) -> list[list[float]]:
+    """Seconds of each run of each call, shortest first. They take turns, so that other programs slow them alike."""
+    runs: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call()
     end = time.perf_counter() + for_seconds
-    while time.perf_counter() < end or math.inf in best:
-        for index, call in enumerate(calls):
+    while time.perf_counter() < end or not runs[-1]:
+        for call, own in zip(calls, runs, strict=True):
             began = time.perf_counter()
             call()
-            best[index] = min(best[index], time.perf_counter() - began)
-    return best
+            own.append(time.perf_counter() - began)
+    return [sorted(own) for own in runs]
 
 
 def matmul_rates(device: torch.device | str = "cpu", size: int = 512, rows: int = 128) -> dict[str, float]:
@@ -132,14 +131,16 @@ def matmul_rates(device: torch.device | str = "cpu", size: int = 512, rows: int 
 
         return call
 
-    times = fastest([product(dtype) for dtype in CANDIDATES.values()], for_seconds=0.1)
-    return {name: 2 * rows * size * size / taken for name, taken in zip(CANDIDATES, times, strict=True)}
+    runs = timed([product(dtype) for dtype in CANDIDATES.values()], for_seconds=0.1)
+    # the shortest: other programs can only make a run longer
+    return {name: 2 * rows * size * size / own[0] for name, own in zip(CANDIDATES, runs, strict=True)}
 
 
 def bandwidth(size_bytes: int = 2**28) -> float:
     """Bytes per second at which all threads together read memory that no cache holds."""
     values = torch.ones(size_bytes // 4)
-    return size_bytes / fastest([values.sum], for_seconds=0.3)[0]
+    (runs,) = timed([values.sum], for_seconds=0.3)
+    return size_bytes / runs[len(runs) // 2]  # the median: memory is other machines' too, and some runs have it alone
 
 
 def best_precision(rates: Mapping[str, float]) -> str:

@@ -83,7 +83,7 @@ def test_the_last_queries_of_a_long_past(form: str) -> None:
 
 
 @pytest.mark.parametrize("starts", [[0, 0, 0], [1, 255, 700], [256, 600, 0], [511, 512, 513]])
-def test_ragged_segments_with_a_past_of_several_blocks(starts: list[int], form: str) -> None:
+def test_ragged_segments_with_a_past_of_several_pages(starts: list[int], form: str) -> None:
     sequences = [random(start + new, seed=i) for i, (start, new) in enumerate(zip(starts, (1, 300, 64), strict=True))]
     for got, (q, k, v), start in zip(by_pages(sequences, starts), sequences, starts, strict=True):
         want = attention_definition(q[start:].double(), k.double(), v.double(), start=start)
@@ -163,6 +163,22 @@ def test_pages_of_another_dtype_or_size_are_refused() -> None:
     ):
         with pytest.raises(ShapeError, match=f"^{named}"):
             attention_paged(q, *wrong, segments, table)
+
+
+@pytest.mark.slow
+def test_pages_beyond_two_thousand_million_elements() -> None:
+    """A pool whose last page lies past 2^31 elements; of its 8.6 GB only the pages in use are ever touched."""
+    q, k, v = random(300, seed=11, dtype=torch.bfloat16)
+    (want,) = by_pages([(q, k, v)], [0])
+    pages = 2**31 // (KV * D * BLOCK) + 3
+    keys = torch.zeros(pages, KV, D, BLOCK, dtype=torch.bfloat16)
+    values = torch.zeros(pages, KV, BLOCK, D, dtype=torch.bfloat16)
+    small_keys, small_values, _ = in_pages([(k, v)])
+    table = torch.tensor([[pages - 1, pages - 2]])
+    for page, own in zip(table[0].tolist(), (2, 1), strict=True):
+        keys[page], values[page] = small_keys[own], small_values[own]
+    out = attention_paged(q, keys, values, Segments((0,), (300,)), table)
+    assert torch.equal(out, want)
 
 
 @pytest.mark.parametrize(("width", "base"), [(16, 10_000.0), (8, 500_000.0), (2, 100.0)])

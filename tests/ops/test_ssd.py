@@ -14,7 +14,7 @@ from nemotron_h.ops.segments import Segments
 from nemotron_h.ops.ssd import Past, keep_inputs, ssd, ssd_recurrence
 from tests.compare import assert_near, double, seeded
 
-LENGTHS = [1, 63, 64, 65, 127, 128, 129, 307, 1000, 4096]
+LENGTHS = [1, 63, 64, 65, 127, 128, 129, 256, 307, 1000, 4096]
 H, P, G, N = 4, 8, 2, 16
 # float32 products of 64 terms, and decays whose exponents, sums of up to about 50, are rounded to float32
 ROUNDING = 1e-5

@@ -1,0 +1,46 @@
+"""From the command to the first token of the laptop's model, with the kernels compiled before.
+
+python benchmarks/startup.py [--n 5]
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from results import row, write
+
+from nemotron_h import PRESETS, Hybrid, save
+from nemotron_h.config.tokenizer import TokenizerConfig
+from nemotron_h.model.init import initialise
+from nemotron_h.text.bpe import train
+
+COMMAND = [sys.executable, "-c", "from nemotron_h.cli.app import main; main()"]
+
+
+def seconds(*arguments: str) -> float:
+    """Of a command that writes one token and leaves."""
+    began = time.perf_counter()
+    subprocess.run([*COMMAND, *arguments], check=True, capture_output=True)
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--n", type=int, default=5)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "3m"
+        model = Hybrid(PRESETS["3m"], dtype=torch.bfloat16)
+        initialise(model, seed=0)
+        text = "".join(f"def f{i}(x): return x + {i}\n" for i in range(3000))
+        save(model, folder, tokenizer=train([text], TokenizerConfig(vocab_size=400)))
+        ask = ("generate", str(folder), "def", "--max-tokens", "1", "--ignore-end")
+        seconds(*ask)
+        write("startup", [
+            row("command to first token, 3 M", "s", [seconds(*ask) for _ in range(given.n)], higher=False),
+            row("nemotron-h --help", "s", [seconds("--help") for _ in range(given.n)], higher=False),
+        ])  # fmt: skip
