@@ -36,7 +36,7 @@ if __name__ == "__main__":
         folder = Path(scratch) / "3m"
         model = Hybrid(PRESETS["3m"], dtype=torch.bfloat16)
         initialise(model, seed=0)
-        text = "".join(f"def f{i}(x): return x + {i}\n" for i in range(3000))
+        text = Path(subprocess.__file__).read_text(encoding="utf-8")
         save(model, folder, tokenizer=train([text], TokenizerConfig(vocab_size=400)))
         ask = ("generate", str(folder), "def", "--max-tokens", "1", "--ignore-end")
         seconds(*ask)

@@ -102,3 +102,14 @@ def test_the_machine_is_shown_and_measured(command: Callable[..., Any]) -> None:
     both = command("show", "3m", "--machine").out
     assert "3m: 3.06M parameters" in both
     assert "this machine" in both
+
+
+def test_the_picture_in_the_docs_is_what_it_shows(command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+    drawn = page.split("$ nemotron-h show 8b\n")[1].split("```")[0]
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def lines(text: str) -> list[str]:
+        return [line.rstrip() for line in text.splitlines() if line.strip()]
+
+    assert lines(command("show", "8b").out) == lines(drawn)
