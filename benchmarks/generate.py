@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from contest import Contestant, turns
-from results import Row, row, write
+from results import Row, commit, row, write
 
 from nemotron_h import PRESETS, Hybrid, machine, save
 from nemotron_h.config import cost
@@ -102,7 +102,7 @@ if __name__ == "__main__":
     parser.add_argument("--peer-python", default=sys.executable)
     parser.add_argument("--n", type=int, default=5)
     parser.add_argument("--part", choices=["256m", "memory", "4b"])
-    given = parser.parse_args()
+    given, checked_out = parser.parse_args(), commit()
     with tempfile.TemporaryDirectory() as scratch:
         parts = {
             "256m": lambda: against_transformers(Path(scratch), given.peer_python, given.n),
@@ -111,4 +111,4 @@ if __name__ == "__main__":
         }
         for name, part in parts.items():
             if given.part in (None, name):
-                write(f"generate-{name}", part())
+                write(f"generate-{name}", part(), checked_out)

@@ -4,8 +4,8 @@
     <!-- results NAME --> ... <!-- end -->     in a page: a table made from it
 
 `python benchmarks/results.py` makes every table anew. A row is {what, unit, ours, peer, peer_version, ratio, n,
-spread}: medians of n runs that took turns, ratio above 1 where ours is better, spread the widest (largest - smallest) /
-median of the two. A row without a peer has none of its fields.
+spread}: medians of n runs that took turns with the peer's, ratio above 1 where ours is better, spread the widest
+(largest - smallest) / median of the two. A row without a peer has none of its fields.
 """
 
 import json
@@ -51,15 +51,23 @@ def row(
     return Row(what, unit, median(ours), len(ours), spread, median(peer), version, ratio)
 
 
-def write(name: str, rows: Sequence[Row]) -> Path:
-    """Write results/NAME.json, and show it."""
+def commit() -> str:
+    """What is about to be measured; to be asked before it is, for files may change meanwhile. Pages and earlier results
+    may differ from what is checked in."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "src", "benchmarks/*.py")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+
+
+def write(name: str, rows: Sequence[Row], commit: str) -> Path:
+    """Write results/NAME.json, and show it. commit: of what was measured."""
     import torch  # noqa: PLC0415 - making tables needs none
 
     from nemotron_h import machine  # noqa: PLC0415
 
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
     content = {
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "commit": commit,
@@ -71,9 +79,7 @@ def write(name: str, rows: Sequence[Row]) -> Path:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "environment": {
-            key: value for key, value in os.environ.items() if key.startswith(("OMP_", "ATEN_", "ONEDNN_"))
-        },
+        "environment": {key: value for key, value in os.environ.items() if key.startswith(VARIABLES)},
         "rows": [asdict(entry) for entry in rows],
     }
     path = FOLDER / f"{name}.json"
@@ -92,15 +98,24 @@ def table(content: dict[str, Any]) -> str:
         cells = [f"{entry['what']}, {entry['unit']}", number(entry["ours"])]
         for peer in peers:
             cells += [number(entry["peer"]), number(entry["ratio"])] if entry["peer_version"] == peer else ["", ""]
-        lines.append("| " + " | ".join([*cells, f"{100 * entry['spread']:.0f} %"]) + " |")
+        spread = f"{100 * entry['spread']:.0f} %" if entry["n"] > 1 else "one run"
+        lines.append("| " + " | ".join([*cells, spread]) + " |")
     features = ", ".join(content["cpu_features"])
     lines += [
         "",
-        f"Medians of {max(entry['n'] for entry in rows)} runs that took turns; `{content['command']}`, "
+        f"{described(rows)}; `{content['command']}`, "
         f"{content['date']}, commit {content['commit']}, {content['cpu']} ({features}), {content['threads']} threads, "
         f"torch {content['torch']}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def described(rows: Sequence[dict[str, Any]]) -> str:
+    """How the numbers of a table came about."""
+    most = max(entry["n"] for entry in rows)
+    if most == 1:
+        return "One run each"
+    return f"Medians of {most} runs" + (" that took turns" if any(entry["peer"] for entry in rows) else "")
 
 
 def number(value: float) -> str:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import torch
-from results import row, write
+from results import commit, row, write
 
 from nemotron_h import PRESETS, Hybrid, save
 from nemotron_h.config.tokenizer import TokenizerConfig
@@ -31,7 +31,7 @@ def seconds(*arguments: str) -> float:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=int, default=5)
-    given = parser.parse_args()
+    given, checked_out = parser.parse_args(), commit()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "3m"
         model = Hybrid(PRESETS["3m"], dtype=torch.bfloat16)
@@ -43,4 +43,4 @@ if __name__ == "__main__":
         write("startup", [
             row("command to first token, 3 M", "s", [seconds(*ask) for _ in range(given.n)], higher=False),
             row("nemotron-h --help", "s", [seconds("--help") for _ in range(given.n)], higher=False),
-        ])  # fmt: skip
+        ], checked_out)  # fmt: skip

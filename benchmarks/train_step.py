@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from contest import Contestant, turns
-from results import Row, row, write
+from results import Row, commit, row, write
 
 from nemotron_h import PRESETS, Hybrid, save
 from nemotron_h.model.init import initialise
@@ -42,7 +42,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer-python", default=sys.executable)
     parser.add_argument("--n", type=int, default=5)
-    given = parser.parse_args()
+    given, checked_out = parser.parse_args(), commit()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "25m"
         model = Hybrid(PRESETS["25m"], dtype=torch.float32)
@@ -53,4 +53,4 @@ if __name__ == "__main__":
             for precision in ("float32", "bfloat16")
             for entry in measured(str(folder), precision, given.peer_python, given.n)
         ]
-    write("train-step", rows)
+    write("train-step", rows, checked_out)

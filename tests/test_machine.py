@@ -31,7 +31,7 @@ def test_without_a_container_it_is_the_machines(tmp_path: Path) -> None:
 
 
 def test_a_containers_limit_counts_and_files_read_do_not(tmp_path: Path) -> None:
-    stat = f"anon 5\ninactive_file {GIB // 4}"
+    stat = f"anon 5\ninactive_file {GIB // 8}\nactive_file {GIB // 8}"
     files = {"app/memory.max": str(GIB), "app/memory.current": str(GIB // 2), "app/memory.stat": stat}
     found = machine.memory(written(tmp_path, files), belonging(tmp_path, "0::/app"))
     assert found.limit_bytes == GIB

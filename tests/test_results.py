@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import subprocess
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -68,6 +69,39 @@ def test_a_number_without_a_file_is_found() -> None:
     assert unfounded("```\nloss 3.1, 5 tokens/s\n```\n") == []
     assert unfounded("At most 240 s. <!-- stated: a recipe's limit -->\n") == []
     assert unfounded("<!-- results x -->\n| 57 tokens/s |\n<!-- end -->\n") == []
+
+
+def test_one_run_is_said_to_be_one() -> None:
+    content = json.loads((ROOT / "benchmarks" / "results" / FILES[0]).read_text())
+    one, many = results.row("a", "MiB", [100], higher=False), results.row("b", "MiB", [100, 110], higher=False)
+    both = results.table(content | {"rows": [vars(one), vars(many)]})
+    assert "| a, MiB | 100 | one run |" in both
+    assert "| b, MiB | 105 | 10 % |" in both
+    assert "Medians of 2 runs; " in both  # nobody else's, to take turns with
+    assert "One run each; " in results.table(content | {"rows": [vars(one)]})
+    against = results.row("c", "MiB", [100, 110], [90, 95], "peer 1", higher=False)
+    assert "Medians of 2 runs that took turns; " in results.table(content | {"rows": [vars(one), vars(against)]})
+
+
+def test_the_commit_is_what_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> None:
+        names = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+        subprocess.run(["git", *names, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    for name in ("src/a.py", "benchmarks/b.py", "benchmarks/results/c.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "all")
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    (tmp_path / "benchmarks/results/c.json").write_text("2")  # by the part before
+    clean = results.commit()
+    assert re.fullmatch(r"[0-9a-f]{7,}", clean)
+    for name in ("src/a.py", "benchmarks/b.py"):
+        (tmp_path / name).write_text("2")
+        assert results.commit() == f"{clean}-dirty"
+        (tmp_path / name).write_text("1")
 
 
 def test_medians_ratios_and_spreads() -> None:

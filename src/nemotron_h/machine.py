@@ -43,9 +43,9 @@ def memory(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> Memory:
         used = number(group / "memory.current", group / "memory.usage_in_bytes")
         if most is None or used is None or most >= machine.total:
             continue
-        # files that were read lie in memory only until it is needed
+        # files that were read, once or often, lie in memory only until it is needed
         stat = dict(line.split() for line in text(group / "memory.stat").splitlines() if len(line.split()) == 2)
-        cached = int(stat.get("inactive_file", stat.get("total_inactive_file", 0)))
+        cached = sum(int(stat.get(kind, stat.get(f"total_{kind}", 0))) for kind in ("inactive_file", "active_file"))
         limit, available = min(limit, most), min(available, max(0, most - used + cached))
     return Memory(machine.total, limit, available)
 

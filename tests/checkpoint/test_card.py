@@ -64,6 +64,8 @@ def test_without_front_matter_nothing_is_stated(text: str) -> None:
         "---\n" + "[" * 30_000 + "\n---\n",
         "---\nx: !!python/object/apply:os.mkdir [sprung]\n---\n",
         "---\nlicense: mit\nmodel-index: [x]\n---\n",
+        "---\nmodel-index: [{name: a, results: [{task: {type: a}, dataset: {type: a, name: a}, source: b}]}]\n---\n",
+        "---\nlicense: mit\ndescription: " + "x" * 70_000 + "\n---\n",
     ],
 )
 def test_a_damaged_card_is_refused_in_one_line(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,3 +88,22 @@ def test_a_folder_of_the_hubs_cache_has_the_hubs_name(tmp_path: Path) -> None:
     snapshot = tmp_path / "hub" / "models--nvidia--Nemotron-H-8B-Base-8K" / "snapshots" / "abc"
     assert parent_name(snapshot) == "nvidia/Nemotron-H-8B-Base-8K"
     assert parent_name(tmp_path / "mine") == "mine"
+
+
+def test_a_folder_goes_by_its_real_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(snapshot)
+    assert parent_name(tmp_path / "link") == "org/name"
+    (tmp_path / "mine" / "deeper").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "mine" / "deeper")
+    assert parent_name(Path("..")) == "mine"
+
+
+def test_a_mark_before_the_front_matter_loses_nothing() -> None:
+    assert front_matter("\ufeff" + STATED) == front_matter(STATED)
+
+
+def test_front_matter_may_be_long_and_a_text_longer() -> None:
+    assert front_matter(STATED + "x" * 10**6) == front_matter(STATED)
+    assert front_matter("--- a rule\n" + "x\n---\n" + "x" * 10**6) == {}

@@ -87,7 +87,6 @@ def test_a_first_checkpoint_has_what_can_be_said(folder: Path) -> None:
     [
         (JINJA, JINJA),
         ([{"name": "rag", "template": "other"}, {"name": "default", "template": JINJA}], JINJA),
-        ([{"name": "rag", "template": "other"}], None),
         (None, None),
     ],
 )
@@ -96,6 +95,12 @@ def test_a_template_in_the_tokenizers_settings(value: Any, template: str | None,
     assert read_companions(folder).chat_template == template
     (folder / TEMPLATE).write_text("from the file")
     assert read_companions(folder).chat_template == "from the file"
+
+
+def test_named_templates_without_a_default_are_said(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text('{"chat_template": [{"name": "rag", "template": "other"}]}')
+    with pytest.warns(UserWarning, match=r"tokenizer_config\.json: chat_template has none named default; the family's"):
+        assert read_companions(folder).chat_template is None
 
 
 @pytest.mark.parametrize("value", [3, {"default": "x"}, [{"name": "default", "template": 3}], "\ud800"])
@@ -153,3 +158,32 @@ def test_companions_of_nothing_are_the_default(build: Build, tmp_path: Path) -> 
     save(build(), tmp_path / "b", companions=Companions())
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def test_a_model_of_the_hub_without_its_card_is_said(build: Build, tmp_path: Path) -> None:
+    """Another program may have fetched config and weights alone: the licence is elsewhere, not absent."""
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
+    save(build(), snapshot)
+    companions = read_companions(snapshot)
+    save(build(), tmp_path / "a", companions=companions)
+    (snapshot / "README.md").unlink()
+    with pytest.warns(
+        UserWarning, match=r"^org/name: has no README\.md here, .* `nemotron-h pull org/name` fetches it"
+    ):
+        save(build(), tmp_path / "b", companions=read_companions(snapshot))
+
+
+def test_a_link_out_of_the_folder_is_not_followed(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("not a licence")
+    (folder / "LICENSE").unlink(missing_ok=True)
+    (folder / "LICENSE").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=r"LICENSE: must lie in its own folder; got a link to .*secret"):
+        read_companions(folder)
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
+    blob = tmp_path / "models--org--name" / "blobs" / "1234"
+    snapshot.mkdir(parents=True)
+    blob.parent.mkdir()
+    blob.write_text("the licence")
+    (snapshot / "config.json").write_bytes((folder / "config.json").read_bytes())
+    (snapshot / "LICENSE").symlink_to(blob)
+    assert read_companions(snapshot).legal == {"LICENSE": b"the licence"}

@@ -253,8 +253,17 @@ def test_a_model_without_weights_is_no_checkpoint(hub: StubHub) -> None:
     assert download(NAME, Told(), weights=False) == cached(NAME, weights=False)
 
 
+def test_a_name_in_an_index_does_not_steer_the_terminal(hub: StubHub) -> None:
+    index = b'{"weight_map": {"a": "\\u001b[2J"}}'
+    hub.models[NAME.repository].files = {"config.json": b"{}", "model.safetensors.index.json": index}
+    assert r"must hold '\x1b[2J' to be a checkpoint" in refusal()
+
+
 def test_without_weights(hub: StubHub) -> None:
-    folder = download(NAME, Told(), weights=False)
+    folder = download(NAME, told := Told(), weights=False)
+    assert told.lines[2].startswith("2 of 2 files to fetch, ")
+    assert download(NAME, told := Told(), weights=False) == folder
+    assert told.lines[2] == f"all 2 files are in {folder}"
     assert {path.name for path in folder.iterdir()} == {"config.json", "README.md"}
     assert hub.asked("model.safetensors") == []
     assert download(NAME, Told()) == folder
@@ -299,6 +308,9 @@ def test_a_gated_model(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_stranger")
     assert refusal() == f"org/model: is gated; got a token that has not been let in; {where}"
     monkeypatch.setenv("HF_TOKEN", hub.token)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    assert refusal() == f"org/model: is gated; got no token; {where}"
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
     download(NAME, Told())
 
 

@@ -11,7 +11,8 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemotron_h.checkpoint.hub import HubName, cache_folder, cached, find, missing, read_cache, resolve
+from nemotron_h.checkpoint.download import resolve
+from nemotron_h.checkpoint.hub import HubName, cache_folder, cached, find, missing, read_cache
 from nemotron_h.errors import CheckpointError
 from tests.checkpoint.stub_hub import COMMIT, Model, StubHub, connected
 
@@ -146,6 +147,20 @@ def test_a_damaged_index_is_left_to_whoever_loads_it(tmp_path: Path, index: byte
     assert missing(tmp_path) in ((), ("3",))
 
 
+def test_a_name_that_no_file_has_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for name in ("x" * 300, "\0", "\ud800"):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+        assert missing(tmp_path) == (name,)
+
+
+def test_a_cache_that_is_a_file_is_named(hub: StubHub) -> None:
+    cache_folder().parent.mkdir()
+    cache_folder().write_text("")
+    with pytest.raises(CheckpointError, match=rf"^{cache_folder()}: must be the folder of the cache; got a file; "):
+        read_cache()
+
+
 def test_the_cache_of_other_programs_is_ours(hub: StubHub) -> None:
     """huggingface_hub finds what we fetched, and we what it fetched."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
@@ -176,8 +191,8 @@ def test_the_cache_is_listed(hub: StubHub) -> None:
 def test_a_path_needs_no_http(tmp_path: Path) -> None:
     code = f"""
 import sys
-from nemotron_h.checkpoint.hub import resolve
-resolve({str(tmp_path)!r})
+from nemotron_h.checkpoint.hub import find
+find({str(tmp_path)!r})
 assert not {{"httpx", "httpx2", "torch"}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)

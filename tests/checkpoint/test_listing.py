@@ -90,6 +90,12 @@ def test_an_answer_of_something_else_is_refused(
     )
 
 
+def test_another_commit_than_the_one_asked_for_is_refused(hub: StubHub) -> None:
+    hub.models[NAME.repository].revisions = ("f" * 40,)
+    line = refusal(HubName("org/model", "f" * 40))
+    assert line == (f"org/model@{'f' * 40}: must be that commit; {hub.endpoint} gave {COMMIT}; is HF_ENDPOINT a Hub?")
+
+
 @pytest.mark.parametrize("answer", [b"", b"<html>", b"[]", b"3", b"[" * 100_000])
 def test_an_answer_that_is_no_object_is_refused(hub: StubHub, answer: bytes) -> None:
     hub.described = answer
@@ -116,3 +122,9 @@ def test_a_hub_that_is_away(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     line = refusal()
     assert line.startswith("org/model: must be asked of http://127.0.0.1:9, which cannot be reached (ConnectError); ")
+
+
+def test_a_token_that_is_none_is_not_sent(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_é")
+    assert refusal() == "HF_TOKEN: must be letters of ASCII, as the Hub gives it; got others"
+    assert hub.requests == []

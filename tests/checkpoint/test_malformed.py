@@ -262,6 +262,14 @@ ROWS: list[tuple[str, str, Callable[[Path], None], str]] = [
         mapped(NAME, "../x.safetensors"),
         "~: " + NAME + " must be in a .safetensors file of this folder; got '../x.safetensors'",
     ),
+    *(
+        (INDEX, what, mapped(NAME, name), "~: " + NAME + " must be in a .safetensors file of this folder; got ...")
+        for what, name in (
+            ("a name too long for a file", "x" * 300 + ".safetensors"),
+            ("a name that is no text", "\ud800.safetensors"),
+            ("a name that steers a terminal", "\x1b[2J.safetensors"),
+        )
+    ),
     (
         INDEX,
         "a pickle",

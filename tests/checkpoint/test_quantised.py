@@ -148,6 +148,25 @@ def test_its_dtype_is_that_of_the_plain_weights(folder: Path, build: Build, tmp_
     assert widest_dtype(tmp_path / "narrow") == torch.bfloat16
 
 
+def test_without_a_weight_the_dtype_is_the_narrowest(tmp_path: Path) -> None:
+    save_file({"step": torch.ones(1)}, tmp_path / WEIGHTS)
+    assert widest_dtype(tmp_path) == torch.bfloat16
+
+
+def test_a_cache_may_be_quantised_alone(folder: Path) -> None:
+    (folder / QUANT_FILE).write_text('{"quantization": {"quant_algo": null, "kv_cache_quant_algo": "FP8"}}')
+    edit(folder, **{f"backbone.layers.2.mixer.{x}_proj.{x}_scale": torch.ones(()) for x in "kv"})
+    with pytest.warns(UserWarning, match=r": 2 tensors of k_scale, v_scale are passed over"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["mixer.xk_scale", "mixer.A_logweight_scale", "mixer.A_logweight"])
+def test_what_ends_like_a_scale_is_none(name: str, folder: Path) -> None:
+    quantise(folder, {UP: fp8})
+    edit(folder, **{f"backbone.layers.0.{name}": torch.ones(())})
+    assert refusal(folder).startswith(f"backbone.layers.0.{name}: is not a tensor of the model")
+
+
 LOADER = """
 import json, resource, sys, torch
 from nemotron_h.checkpoint.load import load

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from nemotron_h.checkpoint.load import load as load_model
 from nemotron_h.checkpoint.save import WEIGHTS, save
+from tests.checkpoint.stub_hub import Model, connected
 
 Command = Callable[..., Any]
 
@@ -30,6 +31,16 @@ def test_there_and_back(command: Command, checkpoint: Path, tmp_path: Path, monk
             assert (tmp_path / "back" / name).read_bytes() == (checkpoint / name).read_bytes(), name
     assert "- Made by `nemotron-h convert " in (there / "README.md").read_text()
     assert f"- Made from {there.name}.\n" in (tmp_path / "back" / "README.md").read_text()
+
+
+def test_a_model_of_the_hub_is_written_under_its_own_name(
+    command: Command, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with connected(tmp_path / "home", monkeypatch) as hub:
+        hub.models["org/small"] = Model({path.name: path.read_bytes() for path in checkpoint.iterdir()})
+        assert command("convert", "org/small", "--to", "transformers").out == "small-transformers\n"
+    assert "base_model: org/small\n" in (tmp_path / "small-transformers" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -110,3 +110,21 @@ def test_runs(command: Callable[..., Any], hub: StubHub) -> None:
     assert "1.96 KiB" in out
     Path("runs").rename("elsewhere")
     assert [row["name"] for row in listed(command, "--runs", "elsewhere")["runs"]] == ["a", "b", "c"]
+
+
+def test_a_run_that_goes_on_meanwhile(
+    command: Callable[..., Any], hub: StubHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that the run removes between the listing and the look at its size."""
+    Path("runs/a").mkdir(parents=True)
+    for name in ("kept", "removed"):
+        (Path("runs/a") / name).write_bytes(bytes(7))
+    lstat = Path.lstat
+
+    def late(path: Path) -> Any:
+        if path.name == "removed":
+            path.unlink(missing_ok=True)
+        return lstat(path)
+
+    monkeypatch.setattr(Path, "lstat", late)
+    assert [row["bytes"] for row in listed(command)["runs"]] == [7]

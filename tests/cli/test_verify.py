@@ -27,7 +27,8 @@ def folder(tmp_path: Path) -> Path:
 def test_every_line_has_its_number_and_holds(command: Callable[..., Any], folder: Path, precision: str) -> None:
     ended = command("verify", str(folder), "--precision", precision)
     assert ended.code == 0
-    lines = ended.out.splitlines()
+    first, *lines = ended.out.splitlines()
+    assert first == f"{folder} in {precision} on cpu"
     assert len(lines) == 7
     assert all(line.startswith("holds  ") and any(letter.isdigit() for letter in line) for line in lines)
     assert lines[-1].startswith(f"holds  weights in {precision}, written again: 56 tensors, the same bits")

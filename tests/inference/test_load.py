@@ -10,11 +10,13 @@ import pytest
 import torch
 
 import nemotron_h
+from nemotron_h.checkpoint import download
 from nemotron_h.checkpoint.save import save
 from nemotron_h.config.published import read_config
 from nemotron_h.config.sampling import Sampling
 from nemotron_h.errors import CapacityError, CheckpointError, RequestError
 from nemotron_h.inference import load as room
+from nemotron_h.inference import naive
 from nemotron_h.inference.load import LanguageModel, load, needed_bytes, read
 from nemotron_h.machine import Memory
 from nemotron_h.model.hybrid import Hybrid
@@ -88,8 +90,6 @@ def test_multibyte_characters_survive_the_stream(
 ) -> None:
     language = load(folder)
     ids = [token for letter in "世界🙂Köln" for byte in letter.encode() for token in [byte_id(tokenizer, byte)]]
-    from nemotron_h.inference import naive
-
     monkeypatch.setattr(naive, "tokens", lambda *args, **options: iter(ids))
     pieces = list(language.stream("x", max_tokens=99))
     assert "".join(pieces) == "世界🙂Köln"
@@ -218,7 +218,7 @@ def test_a_device_that_is_not_here_is_refused(folder: Path, device: str) -> None
 
 def test_a_name_of_the_hub_is_looked_for_and_a_path_is_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(room, "resolve", lambda path: asked.append(path) or folder)
+    monkeypatch.setattr(download, "resolve", lambda path: asked.append(path) or folder)
     load("org/name@main")
     assert asked == ["org/name@main"]
 
@@ -231,7 +231,19 @@ def test_a_message_is_answered_through_the_checkpoints_template(folder: Path, to
     own = LanguageModel(language.model, tokenizer, replace(language.companions, chat_template=source))
     got = "".join(own.chat([{"role": "user", "content": "the hybrid"}], max_tokens=12, sampling=Sampling()))
     ids = [1, *tokenizer.encode("the hybrid:")]
-    new = language.tokens(ids, max_tokens=12, sampling=Sampling())
+    new = naive.tokens(
+        language.model,
+        ids,
+        max_tokens=12,
+        sampling=Sampling(),
+        ends=language.model.config.eos_token_ids,
+        drawn_from=tokenizer.known_ids,
+    )
     assert got == tokenizer.decode(new)
     with pytest.raises(RequestError, match=r"^enable_thinking: must be a variable of the chat template; it has none"):
         own.chat([{"role": "user", "content": "x"}], variables={"enable_thinking": True})
+
+
+def test_a_precision_that_is_never_slow_is_not_measured(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "rates", lambda device: pytest.fail("measured"))
+    assert load(folder, precision="float32").model.compute_dtype == torch.float32

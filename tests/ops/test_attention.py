@@ -205,3 +205,19 @@ def test_rotated_products_depend_on_the_distance_alone() -> None:
         at = torch.tensor([first + 37])
         scores.append((rotate(q, at, 1e4, D)[0, 0] @ rotate(k, torch.tensor([first]), 1e4, D)[0, 0]).item())
     assert max(scores) - min(scores) < 1e-5 * math.sqrt(D)
+
+
+@pytest.mark.usefixtures("form")
+def test_a_table_that_leads_out_of_the_pool_is_refused() -> None:
+    q, k, v = random(300, seed=12)
+    keys, values, table = in_pages([(k, v)])
+    segments = Segments((296,), (4,))
+    for wrong, said in (
+        (table[:, :1], r"^table: must have shape \(1, 2\); got \(1, 1\)"),
+        (table[:0], r"^table: must have shape \(1, 2\); got \(0, 2\)"),
+        (table.int(), r"^table: must be torch.int64"),
+        (table + 2, r"^table: must hold pages of 0..2; got 3..4"),
+        (table - 2, r"^table: must hold pages of 0..2; got -1..0"),
+    ):
+        with pytest.raises(ShapeError, match=said):
+            attention_paged(q[296:], keys, values, segments, wrong)

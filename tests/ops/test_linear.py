@@ -1,9 +1,13 @@
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from nemotron_h.errors import ShapeError
 from nemotron_h.ops import linear as room
 from nemotron_h.ops.linear import FewRows, few_rows, linear, packed
 from tests.compare import assert_near, seeded
@@ -117,3 +121,32 @@ def test_another_layout_or_dtype_is_left_to_onednn(monkeypatch: pytest.MonkeyPat
     assert few_rows(packed(torch.randn(64, 64).bfloat16())) is None
     monkeypatch.setattr(room.jit, "RUNS", False)
     assert few_rows(packed(torch.randn(64, 64).bfloat16())) is None
+
+
+def test_what_a_packed_matrix_cannot_take_is_refused() -> None:
+    weight = packed(torch.randn(64, 256, generator=seeded(0)).bfloat16())
+    if not weight.is_mkldnn:
+        pytest.skip("this CPU packs no such matrices")
+    read = few_rows(weight)
+    ways = [lambda x: linear(x, weight), *([read] if read is not None else [])]
+    for way in ways:
+        for x, said in (
+            (torch.zeros(4, 256), r"^x: must be torch.bfloat16; got torch.float32"),
+            (torch.zeros(4, 128).bfloat16(), r"^x: must have shape \(4, 256\); got \(4, 128\)"),
+            (torch.zeros(4, 256).bfloat16().requires_grad_(), r"^x: must not want a gradient"),
+        ):
+            with pytest.raises(ShapeError, match=said):
+                way(x)
+
+
+@pytest.mark.parametrize("told", [{"NUMBA_CPU_NAME": "generic"}, {"NUMBA_CPU_FEATURES": "+fma,+avx2"}])
+def test_where_kernels_are_compiled_for_another_cpu_onednn_does_it_all(told: dict[str, str]) -> None:
+    pytest.importorskip("numba")
+    program = (
+        "import torch; from nemotron_h.ops.linear import few_rows, packed; "
+        "print(few_rows(packed(torch.randn(64, 256).bfloat16())))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, env=os.environ | told
+    )
+    assert (done.returncode, done.stdout) == (0, "None\n"), done.stderr[-500:]

@@ -331,3 +331,19 @@ def test_groups_that_do_not_divide_and_a_past_that_is_missing_are_refused() -> N
     segments = Segments((7,), (100,))
     with pytest.raises(ShapeError, match=r"^past: must hold what lies before the rows, which begin at 7; got None"):
         ssd(**arguments(segments), segments=segments, past=None, num_groups=G, state_size=N)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.usefixtures("form")
+def test_steps_may_lie_turned(wanted: bool) -> None:
+    segments, A = Segments((0,), (100,)), decay_rates()
+    one = Inputs.random(segments.rows, seed=5)
+    inputs = one.side_by_side().requires_grad_(wanted)
+    dt = segments.spread(one.dt).transpose(1, 2)
+    a = (dt.double() * A.double()[:, None]).cumsum(2).float()
+    assert not dt.is_contiguous()
+    given = ((dt, a), (dt.contiguous(), a.contiguous()))
+    ys = [ssd(inputs, *steps, torch.ones(H), segments, None, num_groups=G, state_size=N)[0] for steps in given]
+    assert torch.equal(*ys)
+    if wanted:
+        assert torch.equal(*(torch.autograd.grad(y.sum(), inputs)[0] for y in ys))

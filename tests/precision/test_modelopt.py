@@ -178,3 +178,15 @@ def test_a_part_that_does_not_fit_is_named(parts: dict[str, Tensor | None], mess
 def test_a_row_that_is_no_whole_number_of_blocks() -> None:
     with pytest.raises(CheckpointError, match=r"^layer\.weight: must have a multiple of 16 columns in NVFP4; got 24$"):
         decode(NAME, nvfp4(), torch.Size((4, 24)), torch.float32)
+
+
+def test_what_is_no_matrix_is_not_quantised() -> None:
+    parts = {"weight": torch.ones(4).to(torch.float8_e4m3fn), "weight_scale": torch.tensor(2.0)}
+    with pytest.raises(CheckpointError, match=r"^layer\.weight: must not be quantised, being no matrix; got FP8$"):
+        decode(NAME, parts, torch.Size((4,)), torch.bfloat16)
+
+
+def test_float64_holds_the_value_itself() -> None:
+    scale = torch.tensor(0.0123456789)
+    got = decode_fp8(codes(list(range(127)), torch.float8_e4m3fn)[None], scale, torch.float64)
+    assert got[0].tolist() == [e4m3(code) * scale.double().item() for code in range(127)]

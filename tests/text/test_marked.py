@@ -84,6 +84,11 @@ def test_join(parts: list[str], separator: MarkedText) -> None:
     assert got.marks == separator.marks.join(MarkedText(part).marks for part in parts)
 
 
+def test_join_takes_text_alone_as_str_does() -> None:
+    with pytest.raises(TypeError, match="must join text; got list"):
+        MarkedText("-").join(["a", [1]])
+
+
 def test_text_of_a_plain_str_is_unmarked_and_printing_keeps_marks() -> None:
     assert MarkedText("ab").marks == b"\0\0"
     text = MarkedText("ab").with_mark(WRITTEN)

@@ -1,3 +1,4 @@
+import string
 from datetime import datetime
 
 import pytest
@@ -71,6 +72,11 @@ def test_what_templates_use() -> None:
 
 
 GROW = "{% set ns = namespace(x=START) %}{% for i in range(200) %}{% set ns.x = STEP %}{% endfor %}"
+KEEP = (
+    "{% set b = 'x' * 9999 %}{% set c = dict(PAIRS.split()) %}{% set ns = namespace() %}"
+    "{% for i in range(9999) %}{% set ns.x = namespace(p=ns.x, v=VALUE) %}{% endfor %}"
+).replace("PAIRS", repr(" ".join(letter + "0" for letter in string.ascii_letters)))
+MANY = "{% set b = ['x' * 9999] * 9999 %}"
 UNBOUNDED = {
     "nested loops": "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
     "filtered loops": "{% for i in range(100000) %}{% for j in range(100000) if false %}{% endfor %}{% endfor %}",
@@ -99,6 +105,17 @@ UNBOUNDED = {
     "width of a date": "{{ strftime_now('%Y' * 1000) }}",
     "big texts in a map": "{% set b = 'x' * 1000000 %}{{ ([b] * 100000) | map('upper') | list }}",
     "output": "{% for i in range(100000) %}{{ 'x' * 1000 }}{% endfor %}",
+    "kept slices": KEEP.replace("VALUE", "b[1:]"),
+    "kept pieces of a split": KEEP.replace("VALUE", "b.split('y')"),
+    "kept pieces of a partition": KEEP.replace("VALUE", "b.partition('y')"),
+    "kept copies of a dict": KEEP.replace("p=ns.x, v=VALUE", "before=ns.x, **c"),
+    "a long list of one text by *": MANY,
+    "a long list of one text by +": "{% set ns = namespace(x=['x' * 1000]) %}"
+    "{% for i in range(12) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "a long list of one text by map": "{{ range(9999) | map(attribute='a', default='x' * 1000) | list | length }}",
+    "a long list of one list by map": "{% set b = ['x' * 1000] %}{{ (['a'.z] * 999) | map('default', b) | list }}",
+    "a long list of one list by int": "{% set b = ['x' * 1000] %}{{ ('a' * 999) | list | map('int', b) | list }}",
+    "digits": "{{ ('f' * 100000) | int(0, 16) // 3 }}",
     "one list printed often": "{% set b = ['x' * 1000] * 1000 %}{% for i in range(1000) %}{{ b }}{% endfor %}",
 }
 
@@ -111,6 +128,21 @@ def test_work_is_bounded_by_counts(source: str, monkeypatch: pytest.MonkeyPatch)
         rendered(source)
     assert "\n" not in str(refused.value)
     assert "seconds" not in str(refused.value)
+
+
+def test_an_indent_at_every_depth_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths, spend = [0], render._Environment._spend
+
+    def recorded(self: render._Environment, value: object) -> object:
+        lengths.append(len(value) if isinstance(value, str) else 0)
+        return spend(self, value)
+
+    monkeypatch.setattr(render, "FREE_CHARACTERS", 1 << 19)
+    monkeypatch.setattr(render._Environment, "_spend", recorded)
+    deep = "{% set ns = namespace(x=[0] * 4000) %}{% for i in range(60) %}{% set ns.x = [ns.x] %}{% endfor %}"
+    with pytest.raises(RefusedError, match="makes more than"):
+        rendered(deep + "{{ ns.x | tojson(indent=16) }}")
+    assert max(lengths) < 2000
 
 
 def test_the_clock_stands_behind_the_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +169,9 @@ def test_a_long_conversation_is_no_breach() -> None:
         ("{% import 'a' as b %}", "kind Import"),
         ("{% extends 'a' %}", "kind Extends"),
         ("{% autoescape true %}{% endautoescape %}", "kind Scope"),
+        ("{{ 1e999 }}", "writes a number beyond floats in line 1"),
+        ("{{ " + "9" * 5000 + " }}", "Exceeds the limit"),
+        ("{% block a %}{% endblock %}", "kind Block"),
         ("{% macro f() %}{{ varargs }}{% endmacro %}", "uses varargs in line 1"),
         ("{{ " + "(" * 5000 + ")" * 5000 + " }}", "nests expressions too deeply|too many"),
     ],
@@ -183,3 +218,8 @@ def test_reads_names_the_variables() -> None:
         "{% set on = on if on is defined else true %}{{ messages }}{{ range(3) }}{% for a in b %}{{ a }}{% endfor %}"
     )
     assert program.reads == {"messages", "on", "b"}
+
+
+def test_a_source_without_end_is_not_parsed() -> None:
+    with pytest.raises(RefusedError, match=r"^has 262,145 characters; at most 262,144$"):
+        Program("a" * (2**18 + 1))

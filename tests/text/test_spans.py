@@ -75,6 +75,7 @@ def test_nothing_is_lost_and_cuts_change_nothing(reply: str, cuts: list[int], th
         ("never closed", True, [("reasoning", "never closed")]),
         ("orphan</think>yes", False, [("content", "orphan"), ("marker", "</think>"), ("content", "yes")]),
         ("a</think>b</think>c", True, [("reasoning", "a"), ("marker", "</think>"), ("content", "b</think>c")]),
+        (JSON_CALL + "<think>a", False, [("call", JSON_CALL), ("content", "<think>a")]),
         ("what is <think>?", False, [("content", "what is <think>?")]),
         ("in <think> thought</think>", True, [("reasoning", "in <think> thought"), ("marker", "</think>")]),
     ],
@@ -109,7 +110,7 @@ def test_thinking_that_mentions_a_call_streams_on() -> None:
     parser = SpanParser(thinking=True)
     pieces = parser.push("use <tool_call> tags") + parser.push(" or not")
     assert "".join(piece.text for piece in pieces) == "use <tool_call> tags or not"
-    assert {piece.kind for piece in pieces} == {"reasoning"}
+    assert {(piece.kind, piece.fault) for piece in pieces} == {("reasoning", None)}
 
 
 @pytest.mark.parametrize(
@@ -117,6 +118,8 @@ def test_thinking_that_mentions_a_call_streams_on() -> None:
     [
         ('<TOOLCALL>[{"name": "f",]</TOOLCALL>', "must be JSON; got "),
         ('<TOOLCALL>[{"name": "f", "arguments": {"x": NaN}}]</TOOLCALL>', "NaN, which JSON does not have"),
+        ('<TOOLCALL>[{"name": "f", "arguments": {"x": 1e999}}]</TOOLCALL>', "Out of range float"),
+        ('<TOOLCALL>[{"name": "f", "arguments": {"x": "\\ud800"}}]</TOOLCALL>', "surrogates not allowed"),
         ('<TOOLCALL>[{"arguments": {}}]</TOOLCALL>', "must have a name"),
         ('<TOOLCALL>[{"name": "f", "arguments": 3}]</TOOLCALL>', "an object of arguments"),
         ('<TOOLCALL>[{"name": "f", "argum', "the reply ended inside it"),

@@ -340,6 +340,8 @@ def test_no_template_fits_a_tokenizer_without_the_familys_tokens(tokenizer: Toke
             "thinking_budget: must be a variable of the chat template; it has enable",
         ),
         ({"variables": {"messages": []}}, "messages: must be a variable"),
+        ({"variables": {"a\nb": 1}}, "'a\\nb': must be a variable"),
+        ({"variables": {"enable_thinking": {"a\nb": object}}}, "enable_thinking.'a\\nb': must be JSON"),
         ({"variables": {"enable_thinking": object()}}, "enable_thinking: must be JSON; got <object"),
         ({"tools": [TOOL]}, "tools: must be a variable of the chat template"),
     ],
@@ -349,6 +351,17 @@ def test_what_the_template_does_not_read_is_refused(
 ) -> None:
     with pytest.raises(RequestError, match=re.escape(message)):
         templates["nemotron_h"].render([HELLO], **options)
+
+
+def test_control_tokens_of_a_template_are_the_tokenizers_own(tokenizer: Tokenizer) -> None:
+    with pytest.raises(RequestError, match="bos_token: must be a variable of the chat template; it has none"):
+        ChatTemplate("{{ bos_token }}{{ messages }}", tokenizer).render([HELLO], variables={"bos_token": ""})
+
+
+@pytest.mark.parametrize("tools", ["ab", {"name": "f"}, ["ab"], [None]])
+def test_tools_are_a_list_of_objects(templates: dict[str, ChatTemplate], tools: Any) -> None:
+    with pytest.raises(RequestError, match=r"^tools: must be a list of objects; got "):
+        templates["nano_v2"].render([HELLO], tools=tools)
 
 
 def test_whose_fault_it_is(tokenizer: Tokenizer) -> None:

@@ -4,6 +4,7 @@ What a parent's card states is carried; nothing is stated that no one stated. Wh
 Hub, it is the base model; where it is a local folder, the base model of its own card is.
 """
 
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -50,12 +51,14 @@ def card(*, made_by: str, parent: str | None, parent_card: str | None, library: 
 
 def front_matter(text: str) -> dict[str, Any]:
     """What a card states of LICENCE_KEYS and base_model: strings, or lists of them. Without front matter, nothing."""
-    text = text[:MOST_CHARACTERS]
-    if not text.lstrip().startswith("---"):
+    whole, text = text, text.removeprefix("\ufeff").lstrip()[:MOST_CHARACTERS]
+    if not text.startswith("---"):
         return {}
+    if len(whole) > MOST_CHARACTERS and not re.search(r"[\r\n]---", text):  # cut short, it would state nothing
+        raise CheckpointError(f"{CARD}: front matter must be at most {MOST_CHARACTERS:,} characters; got more; mend it")
     try:
         data = ModelCard(text).data
-    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
             f"{CARD}: front matter must be YAML of a model card; got {reason:.100}; mend it"
@@ -69,10 +72,10 @@ def front_matter(text: str) -> dict[str, Any]:
 
 def parent_name(folder: Path) -> str:
     """`org/name` where the folder lies in the Hub's cache, else the folder's own name."""
-    for part in reversed(folder.absolute().parts):
+    for part in reversed(folder.resolve().parts):
         if part.startswith("models--"):
             return part.removeprefix("models--").replace("--", "/")
-    return folder.absolute().name
+    return folder.resolve().name
 
 
 def _said(licence: dict[str, Any]) -> str:

@@ -69,6 +69,12 @@ def write_companions(
         (folder / TEMPLATE).write_bytes(companions.chat_template.encode())
     for name, content in companions.legal.items():
         (folder / name).write_bytes(content)
+    if companions.parent is not None and "/" in companions.parent and companions.parent_card is None:
+        warnings.warn(
+            f"{companions.parent}: has no {CARD} here, so no licence is carried; "
+            f"`nemotron-h pull {companions.parent}` fetches it where there is one",
+            stacklevel=4,
+        )
     rope = any(isinstance(layer, AttentionConfig) and layer.rope_base is not None for layer in config.layers)
     text = card(
         made_by=made_by,
@@ -117,6 +123,12 @@ def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
+def _homes(folder: Path) -> list[Path]:
+    """The folder itself and, of a snapshot in the Hub's cache, all that the cache has of that model."""
+    own = folder.resolve()
+    return [own, *(parent for parent in own.parents if parent.name.startswith("models--"))]
+
+
 def _read_text(path: Path) -> str | None:
     """A text file, None where there is none."""
     if not path.exists():
@@ -128,7 +140,11 @@ def _read_text(path: Path) -> str | None:
 
 
 def _read(path: Path) -> bytes:
-    """A small file, its bytes as they are."""
+    """A small file, its bytes as they are. A link may lead into the Hub's cache, as every file there does, and nowhere
+    else: what is read here is written into folders that are passed on."""
+    target = path.resolve()
+    if not any(target.is_relative_to(home) for home in _homes(path.parent)):
+        raise CheckpointError(f"{path}: must lie in its own folder; got a link to {target}; copy the file there")
     if not path.is_file() or (size := path.stat().st_size) > MOST_BYTES:
         got = f"{size:,}" if path.is_file() else "something else"
         raise CheckpointError(f"{path}: must be a file of at most {MOST_BYTES:,} bytes; got {got}")

@@ -9,7 +9,7 @@ import fcntl
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from os import SEEK_END
@@ -22,8 +22,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import repo_folder_name
 
 from nemotron_h.checkpoint.files import write_text, writing
-from nemotron_h.checkpoint.hub import HubName, Watcher, cache_folder, cached, missing
+from nemotron_h.checkpoint.hub import HubName, Watcher, cache_folder, cached, find, missing
 from nemotron_h.checkpoint.listing import HTTPError, HubFile, Listing, asking, read_listing, request_headers
+from nemotron_h.config.keys import shown
 from nemotron_h.errors import CapacityError, CheckpointError
 from nemotron_h.files import flush, flush_path
 from nemotron_h.report.units import format_bytes
@@ -49,6 +50,13 @@ class Lines:
             self.say(f"{self.tenth * 100 // TENTHS:>3} %  {note}")
 
 
+def resolve(path: str | Path, watch: Watcher | None = None, *, weights: bool = True) -> Path:
+    """Where a path or a name of the Hub lies, downloaded where it is nowhere else. Arguments and errors: those of
+    `find` and `download`."""
+    found = find(path, weights=weights)
+    return found if isinstance(found, Path) else download(found, watch, weights=weights)
+
+
 def download(name: HubName, watch: Watcher | None = None, *, weights: bool = True) -> Path:
     """Ask the Hub what the name stands for, and fetch what the cache lacks of it. Returns: the folder.
 
@@ -69,14 +77,15 @@ def download(name: HubName, watch: Watcher | None = None, *, weights: bool = Tru
     blobs, folder = store / "blobs", store / "snapshots" / listing.commit
     files = [file for file in listing.files if weights or not file.name.endswith(".safetensors")]
     wanted = [file for file in files if not (folder / file.name).exists()]
-    announce(name, listing, wanted, blobs, folder, watch)
+    announce(name, listing, files, blobs, folder, watch)
     with writing(store):
         blobs.mkdir(parents=True, exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
     fetch_all(name, listing.commit, wanted, blobs, folder, watch)
     if lacking := missing(folder, weights=weights):
         raise CheckpointError(
-            f"{name}: must hold {lacking[0]} to be a checkpoint; {constants.ENDPOINT} has none at {listing.commit}"
+            f"{name}: must hold {shown(lacking[0])} to be a checkpoint; "
+            f"{constants.ENDPOINT} has none at {listing.commit}"
         )
     if name.revision != listing.commit:
         reference = store / "refs" / name.revision
@@ -87,18 +96,18 @@ def download(name: HubName, watch: Watcher | None = None, *, weights: bool = Tru
 
 
 def announce(
-    name: HubName, listing: Listing, wanted: Iterable[HubFile], blobs: Path, folder: Path, watch: Watcher
+    name: HubName, listing: Listing, files: Sequence[HubFile], blobs: Path, folder: Path, watch: Watcher
 ) -> None:
     """Say what will be fetched, before it is. Raises: CapacityError where it does not fit."""
-    lacking = [file for file in wanted if not (blobs / file.digest).exists()]
+    lacking = [file for file in files if not (folder / file.name).exists() and not (blobs / file.digest).exists()]
     left_bytes = sum(file.size_bytes - begun_bytes(file, blobs) for file in lacking)
     free_bytes = free(folder)
     watch.say(f"{name} is commit {listing.commit[:12]}; licence: {listing.licence}")
     if not lacking:
-        watch.say(f"all {len(listing.files)} files are in {folder}")
+        watch.say(f"all {len(files)} files are in {folder}")
         return
     watch.say(
-        f"{len(lacking)} of {len(listing.files)} files to fetch, {format_bytes(left_bytes)}; "
+        f"{len(lacking)} of {len(files)} files to fetch, {format_bytes(left_bytes)}; "
         f"free disk: {format_bytes(free_bytes)}"
     )
     watch.say(f"into {folder}")

@@ -76,23 +76,12 @@ class Cache:
     unreadable: int
 
 
-def resolve(path: str | Path, watch: Watcher | None = None, *, weights: bool = True) -> Path:
-    """The path itself where it exists, else the folder of `org/name[@revision]` in the cache, else downloaded.
-
-    watch: told of the download; None: lines on stderr. weights: False where config and tokenizer are enough.
-    Raises: CheckpointError where nothing is found, or the Hub gives nothing; CapacityError where the disk is too small.
-    """
-    found = find(path, weights=weights)
-    if isinstance(found, Path):
-        return found
-    # here: a folder that exists should not wait for an HTTP client
-    from nemotron_h.checkpoint.download import download  # noqa: PLC0415
-
-    return download(found, watch, weights=weights)
-
-
 def find(path: str | Path, *, weights: bool = True) -> Path | HubName:
-    """The same, asking nobody: a name is what would have to be downloaded. Raises: CheckpointError."""
+    """The path itself where it exists, else the folder of `org/name[@revision]` in the cache, else the name, which
+    would have to be downloaded: nobody is asked. weights: False where config and tokenizer are enough.
+
+    Raises: CheckpointError where it is none of them.
+    """
     local = Path(path)
     if local.exists():
         return local
@@ -128,7 +117,14 @@ def missing(folder: Path, *, weights: bool = True) -> tuple[str, ...]:
     needed = {CONFIG, WEIGHTS} if weights else {CONFIG}
     if weights and (folder / INDEX).exists():
         needed = {CONFIG, *_shards(folder / INDEX)}
-    return tuple(sorted(name for name in needed if not (folder / name).is_file()))
+    return tuple(sorted(name for name in needed if not _is_file(folder / name)))
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file system takes
+        return False
 
 
 def _shards(index: Path) -> set[str]:
@@ -146,11 +142,18 @@ def cache_folder() -> Path:
 
 
 def read_cache() -> Cache:
-    """Every commit of every model in the cache that has a config.json, by name."""
+    """Every commit of every model in the cache that has a config.json, by name.
+
+    Raises: CheckpointError where the cache is no folder.
+    """
     try:
         cache = huggingface_hub.scan_cache_dir(cache_folder())
     except huggingface_hub.CacheNotFound:
         return Cache((), 0)
+    except ValueError:
+        raise CheckpointError(
+            f"{cache_folder()}: must be the folder of the cache; got a file; mend HF_HOME or HF_HUB_CACHE"
+        ) from None
     found = []
     for model in cache.repos:
         if model.repo_type != "model":

@@ -70,6 +70,8 @@ def read_listing(name: HubName) -> Listing:
             f"{name}: must be described by {constants.ENDPOINT} with a commit and files; got another answer; "
             "is HF_ENDPOINT a Hub?"
         )
+    if COMMIT.fullmatch(name.revision) and commit != name.revision:
+        raise CheckpointError(f"{name}: must be that commit; {constants.ENDPOINT} gave {commit}; is HF_ENDPOINT a Hub?")
     wanted = [file for file in files if isinstance(file, dict) and _matching(WANTED, file.get("rfilename"))]
     card = answer.get("cardData")
     facts = (
@@ -118,6 +120,8 @@ def request_headers() -> dict[str, str]:
     """Who asks: this library, and the user by HF_TOKEN or `hf auth login`. huggingface_hub's own headers would tell
     more of the machine, and cost a request of their own."""
     token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+    if token is not None and not token.isascii():
+        raise CheckpointError("HF_TOKEN: must be letters of ASCII, as the Hub gives it; got others")
     return {"User-Agent": "nemotron-h"} | ({"Authorization": f"Bearer {token}"} if token else {})
 
 
@@ -133,7 +137,7 @@ def asking(name: HubName) -> Iterator[None]:
     try:
         yield
     except GatedRepoError as error:
-        token = "no token" if get_token() is None else "a token that has not been let in"
+        token = "no token" if "Authorization" not in request_headers() else "a token that has not been let in"
         raise CheckpointError(
             f"{name}: is gated; got {token}; accept its licence at {hub}/{name.repository}, "
             "then set HF_TOKEN or run `hf auth login`"

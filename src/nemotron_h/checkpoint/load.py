@@ -22,7 +22,7 @@ from nemotron_h.config.published import read_config
 from nemotron_h.config.quantization import read_quantization
 from nemotron_h.errors import CheckpointError
 from nemotron_h.model.hybrid import Hybrid
-from nemotron_h.precision.modelopt import PARTS, PASSED_OVER, SCALE, SCALE_2, WEIGHT, decode, format_of
+from nemotron_h.precision.modelopt import OF_ACTIVATIONS, OF_CACHE, PARTS, SCALE, SCALE_2, WEIGHT, decode, format_of
 
 
 def load(
@@ -68,7 +68,8 @@ def widest_dtype(folder: Path) -> torch.dtype:
     """The dtype that holds every weight of a folder as it is stored; quantised ones count as bfloat16."""
     weights = Weights(folder)
     stored = {weights.tensor(name).dtype for name in weights.names if name.endswith((".weight", ".bias"))}
-    return reduce(torch.promote_types, (dtype if dtype in FLOATS else torch.bfloat16 for dtype in stored))
+    floats = {dtype if dtype in FLOATS else torch.bfloat16 for dtype in stored} or {torch.bfloat16}
+    return reduce(torch.promote_types, floats)
 
 
 def put(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -119,12 +120,11 @@ def check_names(wanted: Collection[str], weights: Weights, *, tied: bool, quanti
         )
     known = set(wanted) | ({HEAD} if tied else set())
     extra = [name for name in weights.names if name not in known]
-    scales: set[str] = set()
-    passed_over: list[str] = []
-    if quantised:
-        modules = {module for name in known for module in accumulate(name.split("."), "{}.{}".format)}
-        scales = {name.removesuffix(WEIGHT) + part for name in known for part in PARTS}
-        passed_over = [name for name in extra if name.endswith(PASSED_OVER) and name.rpartition(".")[0] in modules]
+    modules = {module for name in known for module in accumulate(name.split("."), "{}.{}".format)}
+    kinds = {*OF_CACHE, *OF_ACTIVATIONS} if quantised else {*OF_CACHE}  # a cache is quantised with weights or alone
+    passed_over = [name for name in extra if name.rpartition(".")[0] in modules and name.rpartition(".")[2] in kinds]
+    matrices = [name.removesuffix(WEIGHT) for name in known if name.endswith(WEIGHT)] if quantised else []
+    scales = {stem + part for stem in matrices for part in PARTS}
     strange = sorted(set(extra) - set(passed_over) - scales)
     if strange:
         raise CheckpointError(
@@ -132,9 +132,9 @@ def check_names(wanted: Collection[str], weights: Weights, *, tied: bool, quanti
             f"({len(strange)} such in {weights.folder}); is config.json of this checkpoint?"
         )
     if passed_over:
-        kinds = ", ".join(sorted({name.rpartition(".")[2] for name in passed_over}))
+        found = ", ".join(sorted({name.rpartition(".")[2] for name in passed_over}))
         warnings.warn(
-            f"{weights.folder}: {len(passed_over)} tensors of {kinds} are passed over: "
+            f"{weights.folder}: {len(passed_over)} tensors of {found} are passed over: "
             "activations and caches are not quantised here",
             stacklevel=3,
         )

@@ -15,6 +15,7 @@ from nemotron_h.config.keys import read_object, short, shown
 from nemotron_h.errors import CheckpointError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+LONGEST = 255  # bytes of a file's name
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -93,11 +94,17 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
         raise CheckpointError(f"{path}: weight_map must map tensors to file names; got {short(files)}")
     for name, file_name in files.items():
-        if Path(file_name).name != file_name or not file_name.endswith(".safetensors") or "\0" in file_name:
+        if not _is_plain(file_name):
             raise CheckpointError(
                 f"{path}: {shown(name)} must be in a .safetensors file of this folder; got {short(file_name)}"
             )
     return files
+
+
+def _is_plain(file_name: str) -> bool:
+    """A name that a file of this folder may have, on any file system."""
+    inside = Path(file_name).name == file_name and file_name.endswith(".safetensors")
+    return inside and file_name.isprintable() and len(file_name.encode()) <= LONGEST
 
 
 def _line(error: Exception) -> str:

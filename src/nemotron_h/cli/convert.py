@@ -25,13 +25,14 @@ def convert(
 
     import torch
 
+    from nemotron_h.checkpoint.card import parent_name
     from nemotron_h.checkpoint.load import checkpoint_folder, widest_dtype
     from nemotron_h.cli.pull import folder_of
     from nemotron_h.errors import RequestError
     from nemotron_h.inference.load import PRECISIONS, read
 
     folder = checkpoint_folder(folder_of(path))
-    target = Path(out if out is not None else f"{folder.resolve().name}-{to}")
+    target = Path(out if out is not None else f"{Path(parent_name(folder)).name}-{to}")
     stored = widest_dtype(folder)
     if precision is None and stored == torch.float64:
         raise RequestError(f"precision: must be given; the weights in {folder} are float64, which is not kept")

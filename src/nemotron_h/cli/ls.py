@@ -1,6 +1,8 @@
 """`nemotron-h ls`: the checkpoints in the cache that all programs share, and the runs here, with their sizes."""
 
 import json
+import os
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -84,11 +86,21 @@ def run_rows(runs: Path) -> list[dict[str, Any]]:
             {
                 "name": folder.name,
                 "steps": newest,
-                "bytes": sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file()),
+                "bytes": size_bytes(folder),
                 "checkpoint": None if newest is None else str(steps[newest]),
             }
         )
     return rows
+
+
+def size_bytes(folder: Path) -> int:
+    """Of its files. What a run removes meanwhile counts nothing."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += Path(parent, name).lstat().st_size
+    return total
 
 
 def checkpoints(run: Path) -> list[Path]:

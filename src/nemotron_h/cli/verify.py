@@ -30,6 +30,9 @@ def verify(
     use_cores()
     folder = folder_of(path)
     model = load(folder, precision=precision, device=device).model
+    made = f"{str(model.compute_dtype).removeprefix('torch.')} on {model.head_weight.device}"
+    if not as_json:
+        print(f"{path} in {made}")
     findings = []
     for finding in chain(check(model), check_folder(folder, model)):
         findings.append(finding)
@@ -37,5 +40,9 @@ def verify(
             print(f"{'holds ' if finding.holds else 'FAILS '} {finding.what}: {finding.number}", flush=True)
     holds = all(finding.holds for finding in findings)
     if as_json:
-        print(json.dumps({"path": path, "holds": holds, "findings": [asdict(finding) for finding in findings]}))
+        print(
+            json.dumps(
+                {"path": path, "in": made, "holds": holds, "findings": [asdict(finding) for finding in findings]}
+            )
+        )
     raise typer.Exit(0 if holds else 1)

@@ -11,7 +11,6 @@ import torch
 
 from nemotron_h import machine
 from nemotron_h.checkpoint.companions import Companions, end_ids, read_companions
-from nemotron_h.checkpoint.hub import resolve
 from nemotron_h.checkpoint.load import check_size
 from nemotron_h.checkpoint.load import load as load_model
 from nemotron_h.checkpoint.save import CONFIG
@@ -197,7 +196,7 @@ def load(path: str | Path, *, precision: str = AUTO, device: torch.device | str 
     """
     check_precision(precision)
     device = usable(device)
-    folder = resolve(path)
+    folder = located(path)
     chosen = chosen_precision(precision, device)
     check_memory(folder, chosen, device)
     language = read(folder, dtype=PRECISIONS[chosen], device=device)
@@ -211,6 +210,16 @@ def read(folder: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu"
     model = load_model(folder, dtype=dtype, device=device)
     tokenizer = Tokenizer.load(folder) if (folder / TOKENIZER_FILE).exists() else None
     return LanguageModel(model, tokenizer, read_companions(folder))
+
+
+def located(path: str | Path) -> Path:
+    """The folder of a path or of a name of the Hub."""
+    if Path(path).exists():
+        return Path(path)
+    # here: who has the folder does not wait for an HTTP client
+    from nemotron_h.checkpoint.download import resolve  # noqa: PLC0415
+
+    return resolve(path)
 
 
 def check_precision(precision: str) -> None:
@@ -240,6 +249,8 @@ def rates(device: torch.device) -> Mapping[str, float]:
 
 def chosen_precision(asked: str, device: torch.device) -> str:
     """The precision asked for, or the better one; bfloat16 asked for by name where it is slow says by how much."""
+    if asked == "float32":
+        return asked
     found = rates(device)
     if asked == AUTO:
         return machine.best_precision(found)

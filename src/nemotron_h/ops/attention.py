@@ -71,6 +71,11 @@ def attention_paged(q: Tensor, keys: Tensor, values: Tensor, segments: Segments,
     expect(keys, "keys", (len(keys), kv_heads, width, BLOCK), q.dtype)
     expect(values, "values", (len(keys), kv_heads, BLOCK, width), q.dtype)
     expect(q, "q", (segments.rows, heads, width))
+    blocks = max(-(-(start + length) // BLOCK) for start, length in zip(segments.starts, segments.lengths, strict=True))
+    expect(table, "table", (len(segments), max(blocks, table.shape[-1])), torch.int64)
+    least, most = (int(page) for page in table.aminmax())
+    if least < 0 or most >= len(keys):
+        raise ShapeError(f"table: must hold pages of 0..{len(keys) - 1}; got {least}..{most}")
     if wants_gradient(q, keys, values):
         raise ShapeError("q: must not want a gradient, which pages do not have; use attention_whole")
     if not runs(q):

@@ -20,9 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemotron_h.errors import ShapeError
 from nemotron_h.grid import DEPTH, ROWS, round_up
 from nemotron_h.ops.jit import linear as jit
 from nemotron_h.ops.jit.scalars import array, said_once
+from nemotron_h.ops.shapes import expect, wants_gradient
 
 MOST_ROWS = 8  # of a call that the kernel takes; with more, oneDNN's is as fast
 DEPTHS = (1024, 512)  # inputs of one chain of sums, where there are more of them than that; else one chain of all
@@ -31,13 +33,24 @@ TRIED_OUTPUTS = 2**18  # another depth changes about one output in 5,000
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (rows, in) and weight (out, in), plain and cast to x's dtype, or packed in it: (rows, out). A row's bits depend
-    on that row alone where rows is a multiple of ROWS: channels are filled up with zeros to a multiple of DEPTH."""
+    on that row alone where rows is a multiple of ROWS: channels are filled up with zeros to a multiple of DEPTH.
+
+    Raises: ShapeError for an x that a packed matrix does not take.
+    """
     if weight.is_mkldnn:
+        check_packed(x, weight)
         return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")  # type: ignore[no-any-return]
     weight, spare = weight.to(x.dtype), -x.shape[-1] % DEPTH
     if spare:
         x, weight = F.pad(x, (0, spare)), F.pad(weight, (0, spare))
     return F.linear(x, weight)
+
+
+def check_packed(x: Tensor, weight: Tensor) -> None:
+    """Refuse what a packed matrix cannot read, and a gradient, which would end here in silence."""
+    expect(x, "x", (len(x), weight.shape[1]), weight.dtype)
+    if wants_gradient(x):
+        raise ShapeError("x: must not want a gradient, which a packed matrix does not give; multiply by a plain one")
 
 
 def packed(weight: Tensor) -> Tensor:
@@ -62,6 +75,7 @@ class FewRows:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (rows, in) bfloat16 -> (rows, out), for any number of rows."""
+        check_packed(x, self.weight)
         outs, into = self.weight.shape
         out = torch.empty(len(x), outs, dtype=torch.bfloat16)
         pairs = array(x.contiguous()).view(np.uint32).reshape(-1)

@@ -97,6 +97,7 @@ def ssd(
             raise ShapeError("past: must be None where gradients are wanted; training passes no state")
     if not runs(inputs):
         return ssd_torch(inputs, dt, a, D, segments, past, g, n)
+    dt, a = dt.contiguous(), a.contiguous()
     if wants_gradient(inputs, dt, a, D):
         return _Ssd.apply(inputs, dt, a, D, segments, g, n)  # type: ignore[no-any-return,no-untyped-call]
     return _ssd(inputs.contiguous(), dt, a, D, segments, past, g, n)[:2]

@@ -17,8 +17,7 @@ from nemotron_h.errors import CheckpointError
 
 WEIGHT, SCALE, SCALE_2 = "weight", "weight_scale", "weight_scale_2"
 PARTS = (WEIGHT, SCALE, SCALE_2)
-# Of activations and of cached keys and values, which are not quantised here.
-PASSED_OVER = ("input_scale", "k_scale", "v_scale")
+OF_ACTIVATIONS, OF_CACHE = ("input_scale",), ("k_scale", "v_scale")  # scales of what is not quantised here
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by the three low bits of a code; the fourth is the sign
 BLOCK = 16  # codes that share a scale
 AT_ONCE = 2**22  # elements decoded at a time: their float64 values take 32 MB
@@ -30,12 +29,14 @@ def format_of(codes: Tensor) -> str | None:
 
 
 def decode(name: str, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The weight of that name and shape (N, K), from its PARTS, in dtype: bfloat16 or float32.
+    """The weight of that name and shape (N, K), from its PARTS, in dtype, a plain float.
 
     Raises: CheckpointError naming the part that is missing or not as the format has it.
     """
-    rows, columns = shape if len(shape) == 2 else (0, 0)
     quantised = format_of(parts[WEIGHT])
+    if len(shape) != 2:
+        raise CheckpointError(f"{name}: must not be quantised, being no matrix; got {quantised}")
+    rows, columns = shape
     stem = name.removesuffix(WEIGHT)
     global_part, wanted = (SCALE, {WEIGHT, SCALE}) if quantised == "FP8" else (SCALE_2, set(PARTS))
     for part in (*sorted(wanted - set(parts)), *sorted(set(parts) - wanted)):
@@ -88,6 +89,8 @@ def decode_nvfp4(codes: Tensor, scales: Tensor, scale: Tensor, dtype: torch.dtyp
 
 def rounded_once(values: Tensor, dtype: torch.dtype) -> Tensor:
     """float64 values in dtype, to nearest, ties to even. torch goes by way of float32 and so rounds bfloat16 twice."""
+    if dtype == torch.float64:
+        return values
     near = values.float()
     if dtype == torch.float32:
         return near

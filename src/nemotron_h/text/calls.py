@@ -149,7 +149,10 @@ def _types(schema: object) -> set[str]:
 
 def _loads(text: str) -> Any:
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=_refuse_constant)
+        # whoever sends the arguments on must be able to: 1e999 and a lone surrogate can be read but not written
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError) as error:
         raise FaultyCallError(f"must be JSON; got {error}") from None
 

@@ -12,6 +12,7 @@ from typing import Any, SupportsIndex
 
 WRITTEN = 1  # by the template's own source
 REPLY = 2  # inside a `{% generation %}` block: the assistant's words
+WITH_MARK = [bytes(value | mark for value in range(256)) for mark in range(WRITTEN | REPLY + 1)]
 MAX_CHARACTERS = 1 << 24  # of one text: replacing and joining multiply lengths
 
 
@@ -36,14 +37,14 @@ class MarkedText(str):
 
     def with_mark(self, mark: int) -> "MarkedText":
         """The same text with a mark added to every character."""
-        return MarkedText(self, self.marks.translate(bytes(value | mark for value in range(256))))
+        return MarkedText(self, self.marks.translate(WITH_MARK[mark]))
 
     def __getitem__(self, key: SupportsIndex | slice) -> "MarkedText":
         marks = self.marks[key] if isinstance(key, slice) else bytes([self.marks[key]])
         return MarkedText(super().__getitem__(key), marks)
 
     def join(self, parts: Iterable[Any]) -> "MarkedText":
-        texts = [MarkedText(part) for part in parts]
+        texts = [MarkedText(part) for part in _all_text(parts)]
         _check_length(sum(map(len, texts)) + len(self) * max(len(texts) - 1, 0))
         return MarkedText(super().join(texts), self.marks.join(text.marks for text in texts))
 
@@ -123,6 +124,13 @@ class MarkedText(str):
             marked.append(self[start : start + len(piece)])
             start += len(piece) + len(separator or "")
         return marked
+
+
+def _all_text(parts: Iterable[Any]) -> Iterable[str]:
+    for part in parts:
+        if not isinstance(part, str):
+            raise TypeError(f"must join text; got {type(part).__name__}")
+        yield part
 
 
 def _check_length(length: int) -> None:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nemotron_h.config.keys import shown
 from nemotron_h.errors import DataError, RequestError
 from nemotron_h.text.tokenizer import utf8
 
@@ -21,6 +22,13 @@ def checked_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, An
     if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
         raise RequestError(f"messages: must be a list of at least one message; got {_shown(messages)}")
     return [_checked_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def checked_tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A copy of tools that holds JSON and nothing else. Raises: RequestError, naming the field."""
+    if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise RequestError(f"tools: must be a list of objects; got {_shown(tools)}")
+    return [checked_json(tool, f"tools[{index}]") for index, tool in enumerate(tools)]
 
 
 def checked_json(value: object, where: str, depth: int = 0) -> Any:
@@ -40,7 +48,8 @@ def checked_json(value: object, where: str, depth: int = 0) -> Any:
             if not isinstance(key, str):
                 raise RequestError(f"{where}: must have names of text; got {_shown(key)}")
         return {
-            checked_json(key, where): checked_json(item, f"{where}.{key}", depth + 1) for key, item in value.items()
+            checked_json(key, where): checked_json(item, f"{where}.{shown(key)}", depth + 1)
+            for key, item in value.items()
         }
     if isinstance(value, list | tuple):
         return [checked_json(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]

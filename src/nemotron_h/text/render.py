@@ -2,7 +2,8 @@
 
 What a template may say is checked before (`syntax.py`). While it runs, each step and each character that it makes is
 counted, so that neither time nor memory grow beyond what a conversation of that length can need; the counts do not
-depend on the machine, and one clock stands behind them.
+depend on the machine, and one clock stands behind them. No list's text is longer than what was counted: whatever holds
+a value several times is charged for each, so that comparing, sorting or printing a list is a step of bounded work.
 """
 
 import functools
@@ -12,10 +13,11 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any, NoReturn, TypeVar
 
-from jinja2 import TemplateError, Undefined, meta, pass_context
+from jinja2 import Environment, TemplateError, Undefined, meta, pass_context
 from jinja2.exceptions import SecurityError
 from jinja2.ext import LoopControlExtension
 from jinja2.filters import FILTERS as JINJA_FILTERS
+from jinja2.nodes import EvalContext
 from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.tests import TESTS as JINJA_TESTS
@@ -24,12 +26,13 @@ from jinja2.utils import Namespace
 from nemotron_h.text.marked import MAX_CHARACTERS, REPLY, WRITTEN, MarkedText, TooLongError
 from nemotron_h.text.syntax import FILTERS, TESTS, GenerationBlock, RefusedError, Rewriter, check, words
 
+MAX_SOURCE = 2**18  # characters of a template; published ones have some 20,000
 MAX_STEPS = 1_000_000  # calls, look-ups, filters, tests and turns of loops in one rendering
 MAX_SECONDS = 10.0  # where single steps are slow; the counts usually speak first
 FREE_CHARACTERS = 1 << 22  # that any rendering may make in all, beside COPIES of its input
 COPIES = 64  # each replace or strip of a message makes one of it
 MAX_DEPTH = 100  # of lists in lists
-MAX_NUMBER = 1 << 64
+MAX_BITS = 128  # of a whole number
 MAX_POWER = 64
 MAX_INDENT = 16
 MAX_PATTERN = 100  # of strftime_now, in characters
@@ -43,11 +46,7 @@ ATTRIBUTES = {
         """
     ),
     dict: words("get items keys values"),
-    list: words("count index"),
-    tuple: words("count index"),
-    LoopContext: words(
-        "changed cycle depth depth0 first index index0 last length nextitem previtem revindex revindex0"
-    ),
+    LoopContext: words("cycle depth depth0 first index index0 last length nextitem previtem revindex revindex0"),
 }
 GLOBALS = words("dict namespace raise_exception range strftime_now")
 
@@ -62,6 +61,8 @@ class Program:
     """A template's source, compiled once; `reads` names the variables it takes."""
 
     def __init__(self, source: str) -> None:
+        if len(source) > MAX_SOURCE:
+            raise RefusedError(f"has {len(source):,} characters; at most {MAX_SOURCE:,}")
         environment = _Environment()
         try:
             tree = environment.parse(source)
@@ -69,7 +70,7 @@ class Program:
             # a tree of its own: looking for variables folds constants in place, unmarked
             self.reads = frozenset(meta.find_undeclared_variables(environment.parse(source))) - GLOBALS
             self._code = environment.compile(Rewriter().visit(tree))
-        except (TemplateError, SyntaxError) as error:
+        except (TemplateError, SyntaxError, ValueError) as error:  # ValueError: a number of too many digits
             line = getattr(error, "lineno", None)
             raise RefusedError(_one_line(error) + (f" in line {line}" if line else "")) from None
         except RecursionError:
@@ -113,10 +114,14 @@ def measure(value: object, limit: int) -> int:
             if total <= limit:
                 waiting += ((part, depth + 1) for part in item)
         elif item is None or isinstance(item, str | bool | int | float | range | Undefined):
-            total += len(item) if isinstance(item, str) else 1
+            total += len(item) if isinstance(item, str) else 1 + _digits(item)
         else:
             raise RefusedError(f"uses a {type(item).__name__} as text")
     return total
+
+
+def _digits(value: object) -> int:
+    return value.bit_length() // 3 if isinstance(value, int) else 0
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -137,6 +142,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self._deadline = time.monotonic() + MAX_SECONDS
         self._clock = clock
         own: dict[str, Callable[..., Any]] = {
+            "map": self._map,
             "indent": self._indent,
             "join": self._join,
             "replace": self._replace,
@@ -148,7 +154,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.tests = {name: self._counted(JINJA_TESTS[name]) for name in TESTS}
         self.globals = {
             "range": self.globals["range"],  # the sandbox's: of at most 100,000
-            "namespace": Namespace,
+            "namespace": lambda *pairs, **items: Namespace(self._spend(dict(*pairs, **items))),
             "dict": lambda *pairs, **items: self.built(dict(*pairs, **items)),
             "raise_exception": _raise_exception,
             "strftime_now": self._strftime_now,
@@ -176,6 +182,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         self._left -= measure(value, self._left)
         return self._spend(value)
 
+    def sliced(self, value: Any, start: int | None, stop: int | None, step: int | None) -> Any:
+        return (MarkedText(value) if isinstance(value, str) else value)[start:stop:step]
+
     def generation(self, caller: Callable[[], str]) -> MarkedText:
         return MarkedText(caller()).with_mark(REPLY)
 
@@ -190,7 +199,8 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         self.tick()
-        return self._spend(super().call(context, function, *args, **kwargs))
+        value = super().call(context, function, *args, **kwargs)
+        return self.built(value) if isinstance(value, list | tuple) else self._spend(value)  # the pieces of a split
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         self.tick()
@@ -200,9 +210,10 @@ class _Environment(ImmutableSandboxedEnvironment):
             raise SecurityError("formats text with %; join it with ~")
         if operator == "*" and not (isinstance(left, int | float) and isinstance(right, int | float)):
             return self._repeated(*((right, left) if isinstance(left, int) else (left, right)))
-        power = operator == "**"
-        if (power or operator == "*") and (max(abs(left), abs(right)) >= MAX_NUMBER or (power and right > MAX_POWER)):
-            raise OverflowError(f"takes a number of {MAX_NUMBER} or more, or a power over {MAX_POWER}")
+        if operator == "**" and right > MAX_POWER:
+            raise OverflowError(f"takes a power over {MAX_POWER}")
+        if operator == "+" and isinstance(left, list | tuple) and isinstance(right, list | tuple):
+            self.built(min(left, right, key=len))  # what the longer one grows by
         return self._spend(super().call_binop(context, operator, left, right))
 
     def getattr(self, obj: Any, attribute: str) -> Any:
@@ -211,8 +222,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         self.tick()
-        value = super().getitem(MarkedText(obj) if isinstance(obj, str) else obj, argument)
-        return self._spend(value) if isinstance(argument, slice) else value
+        return super().getitem(MarkedText(obj) if isinstance(obj, str) else obj, argument)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, Namespace):
@@ -247,9 +257,15 @@ class _Environment(ImmutableSandboxedEnvironment):
         """As in transformers: other scripts as they are, nothing escaped for HTML."""
         for width in (indent or 0, *(separators or ())):
             _check_width(width)
-        return json.dumps(
-            self.built(value), ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
+        encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        # in pieces: an indent makes far more of a deep list than is in it
+        return "".join(map(self._spend, encoder.iterencode(self.built(value))))
+
+    @pass_context
+    def _map(self, context: Context, values: Any, *names: Any, **options: Any) -> Any:
+        if "default" in options:  # one value many times over, uncounted
+            raise SecurityError("map: takes no default")
+        return JINJA_FILTERS["map"](context, values, *names, **options)
 
     def _strftime_now(self, pattern: str) -> str:
         if len(pattern) > MAX_PATTERN:
@@ -259,12 +275,16 @@ class _Environment(ImmutableSandboxedEnvironment):
     def _repeated(self, value: Any, times: Any) -> Any:
         if isinstance(value, str | list | tuple) and isinstance(times, int) and len(value) * times > self._left:
             self._refuse_characters()
-        return self.concat([value] * times) if isinstance(value, str) else self._spend(value * times)
+        return self.concat([value] * times) if isinstance(value, str) else self.built(value * times)
 
     def _counted(self, function: Any) -> Callable[..., Any]:
         @functools.wraps(function)  # also copies how jinja2 marks a function that takes its context
         def counted(*args: Any, **kwargs: Any) -> Any:
             self.tick()
+            given = 2 if args and isinstance(args[0], Context | EvalContext | Environment) else 1
+            for option in (*args[given:], *kwargs.values()):  # `map` may give each element the same
+                if isinstance(option, list | tuple | dict):
+                    self.built(option)
             return self._spend(function(*args, **kwargs))
 
         return counted
@@ -273,6 +293,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         """Count what a new value holds at its first level."""
         if isinstance(value, str | list | tuple | dict):
             self._left -= len(value)
+        if isinstance(value, int) and value.bit_length() > MAX_BITS:
+            raise OverflowError(f"makes a number of more than {MAX_BITS} bits")
         if self._left < 0:
             self._refuse_characters()
         return value

@@ -105,7 +105,8 @@ class SpanParser:
         found, rest = block.search.found, block.search.rest + text[end:]
         if not block.may_be_call():
             self._block = None
-            self._say(block.opener, fault=f"must begin with {HEADS[block.opener]}")
+            fault = None if self._thinking else f"must begin with {HEADS[block.opener]}"
+            self._say(block.opener, fault=fault)
             unread = block.text.removeprefix(block.opener)
             return unread + (found or block.search.finish()) + rest
         if found is None:
@@ -160,6 +161,7 @@ class SpanParser:
         """A marker or a call, with the newlines before it."""
         self._emit("marker", self._newlines)
         self._newlines, self._after_marker = "", True
+        self._begun = self._begun or piece.kind != "marker"
         self._pieces.append(piece)
 
     def _emit(self, kind: Kind, text: str, fault: str | None = None) -> None:

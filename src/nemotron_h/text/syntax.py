@@ -2,8 +2,11 @@
 
 A template comes with a checkpoint, and templates need little: statements, filters and tests are those listed here,
 others are refused by name before anything runs. In the tree each literal becomes a call that marks it, each `~` a call
-that keeps marks, each list a call that counts it, and each turn of a loop begins with a step; `render.py` answers them.
+that keeps marks, each list or slice a call that counts it, and each turn of a loop begins with a step; `render.py`
+answers them.
 """
+
+import math
 
 from jinja2 import nodes
 from jinja2.ext import Extension
@@ -57,6 +60,9 @@ def check(tree: nodes.Template) -> None:
     for name in tree.find_all(nodes.Name):
         if name.name in ("varargs", "kwargs"):  # lists of jinja2's own making, which nothing here would count
             raise RefusedError(f"uses {name.name} in line {name.lineno}; name the macro's arguments")
+    for const in tree.find_all(nodes.Const):
+        if isinstance(const.value, float) and not math.isfinite(const.value):  # jinja2 compiles it to the name `inf`
+            raise RefusedError(f"writes a number beyond floats in line {const.lineno}")
 
 
 class Rewriter(NodeTransformer):
@@ -80,6 +86,14 @@ class Rewriter(NodeTransformer):
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
         return self.generic_visit(node) if node.ctx == "store" else self._built(node)
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        self.generic_visit(node)
+        if not isinstance(node.arg, nodes.Slice):
+            return node
+        # jinja2 compiles a slice to Python's own, past the environment
+        borders = (node.arg.start, node.arg.stop, node.arg.step)
+        return _call("sliced", node.node, *(border or nodes.Const(None) for border in borders))
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)

@@ -15,10 +15,11 @@ from importlib.resources import files
 from itertools import pairwise
 from typing import Any, Self
 
+from nemotron_h.config.keys import shown
 from nemotron_h.errors import CheckpointError, RequestError, UnsupportedError
 from nemotron_h.text.control import ControlTokens
 from nemotron_h.text.marked import REPLY, WRITTEN, MarkedText
-from nemotron_h.text.messages import checked_json, checked_messages
+from nemotron_h.text.messages import checked_json, checked_messages, checked_tools
 from nemotron_h.text.render import MessagesError, Program
 from nemotron_h.text.syntax import RefusedError
 from nemotron_h.text.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -90,15 +91,15 @@ class ChatTemplate:
         """
         variables = variables or {}
         for name in [*variables, *(["tools"] if tools else [])]:
-            if name not in self.reads or (name in ARGUMENTS and name in variables):
+            if name not in self.reads or (name in variables and name in ARGUMENTS.union(ROLES)):
                 known = ", ".join(sorted(self.reads.difference(ARGUMENTS, ROLES))) or "none"
-                raise RequestError(f"{name}: must be a variable of the chat template; it has {known}")
+                raise RequestError(f"{shown(name)}: must be a variable of the chat template; it has {known}")
         given = {
             **self._role_names(),
             "documents": None,
             **{name: checked_json(value, name) for name, value in variables.items()},
             "messages": checked_messages(messages),
-            "tools": None if tools is None else checked_json(tools, "tools"),
+            "tools": None if tools is None else checked_tools(tools),
             "add_generation_prompt": add_generation_prompt,
         }
         try:

@@ -26,8 +26,13 @@ if numba is not None:
     from numba.extending import intrinsic
 
     features = llvmlite.binding.get_host_cpu_features()
-    # where there are tile registers oneDNN uses them for many rows, in another order
-    RUNS = bool(features.get("avx512bf16")) and not features.get("amx-bf16")
+    # where there are tile registers oneDNN uses them for many rows, in another order; and told to compile for another
+    # CPU than this one, LLVM ends the process over an instruction that the other has not
+    RUNS = (
+        bool(features.get("avx512bf16"))
+        and not features.get("amx-bf16")
+        and not (numba.config.CPU_NAME or numba.config.CPU_FEATURES)
+    )
 
     class BFloat(ir.Type):  # type: ignore[misc]
         """llvmlite has no name for it."""
