@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from nemotron_h.text.template import ChatTemplate, Message
 
 AUTO = "auto"
-PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+PRECISIONS = machine.CANDIDATES
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ A matrix that is only read can be packed: laid out once as oneDNN streams it, in
 every matrix for each token, so it runs at the rate of memory. bfloat16 keeps its bits; a float32 product is summed in
 another order than the plain one's, the same one for any number of rows.
 
-Few rows are read by a kernel of ours at memory's rate, where oneDNN's own takes a quarter longer. It must have oneDNN's
-bits, since other calls go that way: how oneDNN cuts its sums is tried out on the matrix itself, and where nothing fits
-to the bit, oneDNN does it all.
+Few rows are read by a kernel of ours, which keeps memory busier than oneDNN's own does. It must have oneDNN's bits,
+since other calls go that way: how oneDNN cuts its sums is tried out on the matrix itself, and where nothing fits to the
+bit, oneDNN does it all.
 """
 
 import ctypes
