@@ -17,23 +17,22 @@ import nemotron_h
 from nemotron_h.cli import app
 from nemotron_h.errors import CapacityError
 
-MEASURED = """
-import json, sys, time
+SLOW_TO_IMPORT = {"torch", "numba", "numpy", "huggingface_hub", "jinja2", "psutil", "safetensors", "tokenizers", "yaml"}
+IMPORTED = """
+import json, sys
 from nemotron_h.cli.app import main
 try:
     main()
 finally:
-    sys.stderr.write(json.dumps([time.process_time(), [m for m in ("torch", "numba", "numpy") if m in sys.modules]]))
+    sys.stderr.write(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 """
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["show", "8b"], ["show", "56b", "--json"], ["-h"]])
 def test_it_answers_in_a_blink(arguments: list[str]) -> None:
-    done = subprocess.run([sys.executable, "-c", MEASURED, *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", IMPORTED, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0
-    seconds, modules = json.loads(done.stderr)
-    assert modules == []
-    assert seconds < 0.4  # of CPU time, the start of Python in it
+    assert SLOW_TO_IMPORT.isdisjoint(json.loads(done.stderr))
 
 
 def test_the_installed_script_is_the_function_that_is_tested() -> None:

@@ -3,7 +3,6 @@
 Exit codes: 0 done, 1 our fault or nobody reads our output, 2 the user's, 130 and 143 interrupted and terminated.
 """
 
-import ctypes
 import logging
 import os
 import sys
@@ -57,7 +56,6 @@ def options(
 def main() -> None:
     """Run the command line; leave with its exit code."""
     arguments, debug = without_debug(sys.argv[1:])
-    keep_freed_memory()
     logging.basicConfig(format="note: %(message)s")
     logging.getLogger("nemotron_h").setLevel(logging.INFO)
     warnings.showwarning = lambda message, *rest, **more: print(f"note: {message}", file=sys.stderr)
@@ -88,15 +86,6 @@ def told(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError):  # a full disk, a folder that may not be written
         return f"{error.filename or 'output'}: {error.strerror or error}", 2
     return f"internal error: {type(error).__name__}: {error}; {DEBUG} shows where", 1
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what torch frees: faulting in fresh megabytes for each temporary costs more than computing it."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3  # of malloc.h
-        mallopt(trim_threshold, 2**30)
-        mallopt(mmap_threshold, 2**25)  # the largest that every glibc takes
 
 
 def leave(line: str, code: int, *, debug: bool) -> NoReturn:

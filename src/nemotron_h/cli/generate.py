@@ -57,14 +57,14 @@ def generate(
     numbers = read_ids(ids) if ids is not None else []
     text = read_prompt(prompt_file) if prompt_file is not None else prompt or ""
     # after the checks: they import torch
-    from nemotron_h.cli.cores import use_cores
+    from nemotron_h.cli.process import settle
     from nemotron_h.cli.pull import folder_of
     from nemotron_h.cli.summary import printable
     from nemotron_h.inference.load import check_precision, load, usable
 
     check_precision(precision)
     usable(device)
-    use_cores()
+    settle()
     model = load(folder_of(path), precision=precision, device=device)
     if not ignore_defaults:
         defaults = model.companions.generation

@@ -59,10 +59,10 @@ def machine_facts() -> dict[str, Any]:
     import torch
 
     from nemotron_h import machine
-    from nemotron_h.cli.cores import use_cores
+    from nemotron_h.cli.process import settle
     from nemotron_h.ops.jit import linear, scalars
 
-    use_cores()  # as the verbs that compute do
+    settle()  # as the verbs that compute do
     rates, memory = machine.matmul_rates(), machine.memory()
     return {
         "cpu": machine.cpu_name(),

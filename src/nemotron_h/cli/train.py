@@ -52,7 +52,7 @@ def run_training(
     watch: "Watch",
 ) -> "Trained":
     """Train and show it. Leaves with 130 or 143 where a signal asked it to stop: all is saved."""
-    from nemotron_h.cli.cores import use_cores
+    from nemotron_h.cli.process import settle
     from nemotron_h.data.batches import Batches, count_windows, windows
     from nemotron_h.data.shards import Shard
     from nemotron_h.text.tokenizer import Tokenizer
@@ -60,7 +60,7 @@ def run_training(
     from nemotron_h.training.loop import train as run
     from nemotron_h.training.pace import Pace
 
-    use_cores()
+    settle()
     shard = Shard(data)
     held_out = Shard(validation) if validation is not None else None
     learned = Tokenizer.load(tokenizer) if tokenizer is not None else None

@@ -20,14 +20,14 @@ def verify(
     from itertools import chain
 
     from nemotron_h.checkpoint.check import check_folder
-    from nemotron_h.cli.cores import use_cores
+    from nemotron_h.cli.process import settle
     from nemotron_h.cli.pull import folder_of
     from nemotron_h.inference.load import check_precision, load, usable
     from nemotron_h.model.check import check
 
     check_precision(precision)
     usable(device)
-    use_cores()
+    settle()
     folder = folder_of(path)
     model = load(folder, precision=precision, device=device).model
     made = f"{str(model.compute_dtype).removeprefix('torch.')} on {model.head_weight.device}"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nemotron_h import machine
-from nemotron_h.cli.cores import use_cores
+from nemotron_h.cli.process import settle
 
 
 def test_a_containers_share_of_the_cores_is_taken(
@@ -13,12 +13,12 @@ def test_a_containers_share_of_the_cores_is_taken(
     threads(3)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(machine, "cores", lambda: 8)
-    use_cores()
+    settle()
     assert torch.get_num_threads() == 3  # never more than torch takes by itself
     monkeypatch.setattr(machine, "cores", lambda: 2)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    use_cores()
+    settle()
     assert torch.get_num_threads() == 3
     monkeypatch.delenv("OMP_NUM_THREADS")
-    use_cores()
+    settle()
     assert torch.get_num_threads() == 2

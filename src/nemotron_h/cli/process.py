@@ -1,0 +1,18 @@
+"""How this process takes its machine, in a verb that computes."""
+
+import os
+
+
+def settle() -> None:
+    """No more threads than this process may have cores, torch counting the machine's where a container may have fewer;
+    and what was freed is kept.
+
+    OMP_NUM_THREADS, where it is set, is the user's own wish and stays.
+    """
+    import torch
+
+    from nemotron_h.machine import cores, keep_freed_memory
+
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > (count := cores()):
+        torch.set_num_threads(count)
+    keep_freed_memory()
