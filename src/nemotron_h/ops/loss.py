@@ -20,7 +20,7 @@ from nemotron_h.ops.jit.scalars import array, runs
 from nemotron_h.ops.shapes import expect, first_order
 
 PIECE_BYTES = 192 * 2**20  # of logits at a time, were they float32
-PIECE_ROWS = 1024  # at most: with a small vocabulary, a piece's logits stay in cache
+PIECE_ROWS = 512  # at most: with a small vocabulary, a piece's logits stay in cache
 SLICE_WEIGHTS = 2**24  # of the head at a time
 IGNORED = -100  # a target that counts for nothing
 
@@ -60,7 +60,7 @@ class _CrossEntropy(torch.autograd.Function):
             piece = slice(first, min(first + size, rows))
             logits = buffer[: piece.stop - first]
             for part, matrix in _slices(weight, hidden.dtype):
-                logits[:, part] = F.linear(hidden[piece], matrix)
+                torch.mm(hidden[piece], matrix.T, out=logits[:, part])
             slope = softmax_loss(logits, targets[piece], losses[piece], wanted=wanted)
             if wanted:
                 grad_hidden[piece] = _gradients(slope, hidden[piece], weight, grad_weight)
