@@ -18,7 +18,7 @@ from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.model.init import initialise
 from nemotron_h.model.state import AttentionState, MambaState, State
 from nemotron_h.ops.segments import Segments
-from tests.model.shapes import FAMILY, model, random_tokens
+from tests.model.shapes import FAMILY, attention, mamba, model, random_tokens, scaled
 
 DTYPES = [torch.float32, torch.bfloat16]
 ALL = list(product(FAMILY, DTYPES, (1, 2, 3)))  # threads last
@@ -89,6 +89,26 @@ ragged_calls = st.integers(1, 5).flatmap(
         max_size=5,
     )
 )
+
+
+@pytest.mark.parametrize("pattern", ["M-*-M-", "M-M*", "--", "*-M"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_wanted_changes_nothing_of_the_rest(pattern: str, dtype: torch.dtype) -> None:
+    net = Hybrid(scaled(pattern, 48, mamba(4, 16, 16), attention(4, 2, 16), 64), dtype=dtype).requires_grad_(False)
+    initialise(net, seed=3)
+    for packs in (False, True):
+        if packs:
+            net.pack()
+        whole, part = net.empty_state(2), net.empty_state(2)
+        for lengths in ([70, 9], [1, 64], [3, 1]):
+            segments = whole.segments(lengths)
+            part.segments(lengths)
+            tokens = random_tokens(sum(lengths), seed=lengths[0])
+            rows = torch.arange(segments.rows - 4, segments.rows)
+            want = net.hidden(tokens, segments, whole)[rows]
+            assert torch.equal(net.hidden(tokens, segments, part, rows), want)
+            for index in range(2):
+                assert_same_state(part, index, whole, index)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

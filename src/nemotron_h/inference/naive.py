@@ -56,11 +56,11 @@ def next_logits(model: Hybrid, unread: Sequence[int], state: State) -> torch.Ten
     ids = torch.tensor(unread, dtype=torch.int64, device=model.head_weight.device)
     for portion in ids.split(PORTION):
         segments = state.segments([len(portion)])
-        hidden = model.hidden(portion, segments, state)
-    # the last token's rows of ROWS, since a product of one row has other bits
-    last = segments.last_rows[0]
-    first = last - last % ROWS
-    return model.logits(hidden[first : first + ROWS])[last - first]
+        # the last token's rows of ROWS, since a product of one row has other bits
+        last = segments.last_rows[0]
+        rows = torch.arange(last - last % ROWS, last - last % ROWS + ROWS, device=ids.device)
+        hidden = model.hidden(portion, segments, state, rows)
+    return model.logits(hidden)[last % ROWS]
 
 
 @torch.no_grad()

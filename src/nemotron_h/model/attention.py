@@ -12,7 +12,7 @@ from nemotron_h.ops.shapes import wants_gradient
 
 
 class Attention(nn.Module):
-    """u (rows, hidden) -> (rows, hidden)."""
+    """u (rows, hidden) -> (rows, hidden); of `rows` alone where they are given."""
 
     def __init__(self, config: AttentionConfig, hidden_size: int, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -23,11 +23,18 @@ class Attention(nn.Module):
         self.v_proj = Linear(hidden_size, keys, dtype=dtype, device=device)
         self.o_proj = Linear(queries, hidden_size, dtype=dtype, device=device)
 
-    def forward(self, u: Tensor, segments: Segments, state: AttentionState | None, paging: Paging) -> Tensor:
-        config, rows = self.config, u.shape[0]
-        q = self.q_proj(u).view(rows, config.num_heads, config.head_dim)
-        k = self.k_proj(u).view(rows, config.num_kv_heads, config.head_dim)
-        v = self.v_proj(u).view(rows, config.num_kv_heads, config.head_dim)
+    def forward(
+        self,
+        u: Tensor,
+        segments: Segments,
+        state: AttentionState | None,
+        paging: Paging,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        config, count = self.config, len(u)
+        q = self.q_proj(u).view(count, config.num_heads, config.head_dim)
+        k = self.k_proj(u).view(count, config.num_kv_heads, config.head_dim)
+        v = self.v_proj(u).view(count, config.num_kv_heads, config.head_dim)
         if config.rope_base is not None:
             positions = segments.positions(u.device)
             q, k = (rotate(t, positions, config.rope_base, config.rope_width) for t in (q, k))
@@ -38,4 +45,5 @@ class Attention(nn.Module):
                 state = AttentionState.zeros(config, int(paging.table.max()) + 1, u.dtype, u.device)
             state.push(k, v, paging)
             mixed = attention_paged(q, state.keys, state.values, segments, paging.table)
-        return self.o_proj(mixed.reshape(rows, -1))  # type: ignore[no-any-return]
+        mixed = mixed.reshape(count, -1)
+        return self.o_proj(mixed if rows is None else mixed[rows])  # type: ignore[no-any-return]

@@ -71,8 +71,14 @@ class Hybrid(nn.Module):
             return Segments.of_documents(documents)
         return Segments.of_batch(batch, length) if state is None else state.segments([length] * batch)
 
-    def hidden(self, tokens: Tensor, segments: Segments, state: State | None = None) -> Tensor:
-        """What the head reads, (rows, hidden): tokens (segments.tokens,) int64. The state moves on."""
+    def hidden(
+        self, tokens: Tensor, segments: Segments, state: State | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        """What the head reads, (rows, hidden): tokens (segments.tokens,) int64. The state moves on.
+
+        rows (k,) int64, k a multiple of ROWS: of these alone, (k, hidden). What no other row or later call reads of the
+        rest is not computed: all that follows the last layer with a state.
+        """
         x = F.embedding(F.pad(tokens, (0, segments.rows - segments.tokens)), self.backbone.embeddings.weight)
         x = x.to(self.compute_dtype)
         if state is None and any(segments.starts):
@@ -83,7 +89,8 @@ class Hybrid(nn.Module):
             state.enter()
         paging = Paging.of(state.tables, segments) if state is not None else Paging.alone(segments)
         for index, layer in enumerate(self.backbone.layers):
-            x = layer(x, segments, state.layers[index] if state is not None else None, paging)
+            wanted = rows if index == self.last_mixing else None
+            x = layer(x, segments, state.layers[index] if state is not None else None, paging, wanted)
         if state is not None:
             state.advance(segments)
         return self.backbone.norm_f(x)  # type: ignore[no-any-return]
@@ -91,6 +98,12 @@ class Hybrid(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, hidden) -> (rows, vocab) float32. rows: a multiple of ROWS, for bits that do not depend on it."""
         return (linear(hidden, self.head_weight) if self.config.tied_embeddings else self.lm_head(hidden)).float()
+
+    @property
+    def last_mixing(self) -> int:
+        """The last layer in which a row reads others; the first where there is none."""
+        layers = enumerate(self.config.layers)
+        return max((index for index, layer in layers if not isinstance(layer, MlpConfig)), default=0)
 
     @property
     def layers(self) -> list["Layer"]:
@@ -149,21 +162,23 @@ class Layer(nn.Module):
         segments: Segments,
         state: MambaState | AttentionState | None,
         paging: Paging,
+        rows: Tensor | None = None,
     ) -> Tensor:
+        """rows (k,): of these alone, (k, hidden); None: of all."""
         u = self.norm(x)
         mixed: Tensor
         match self.mixer, state:
             case Mamba() as mamba, MambaState() | None:
-                mixed = mamba(u, segments, state)
+                mixed = mamba(u, segments, state, rows)
             case Attention() as attention, AttentionState() | None:
-                mixed = attention(u, segments, state, paging)
+                mixed = attention(u, segments, state, paging, rows)
             case Mlp() as mlp, None:
-                mixed = mlp(u)
+                mixed = mlp(u if rows is None else u[rows])
             case mixer, other:
                 raise ShapeError(
                     f"state: must be of the model's own layers; got {type(other).__name__} for {type(mixer).__name__}"
                 )
-        return x + mixed
+        return (x if rows is None else x[rows]) + mixed
 
 
 class Norm(Gain):

@@ -22,7 +22,7 @@ from nemotron_h.ops.steps import steps
 
 
 class Mamba(nn.Module):
-    """u (rows, hidden) -> (rows, hidden)."""
+    """u (rows, hidden) -> (rows, hidden); of `rows` alone where they are given."""
 
     def __init__(
         self, config: MambaConfig, hidden_size: int, epsilon: float, *, dtype: torch.dtype, device: torch.device
@@ -39,7 +39,7 @@ class Mamba(nn.Module):
         self.norm = Gain(inner, dtype=dtype, device=device)
         self.out_proj = Linear(inner, hidden_size, dtype=dtype, device=device)
 
-    def forward(self, u: Tensor, segments: Segments, state: MambaState | None) -> Tensor:
+    def forward(self, u: Tensor, segments: Segments, state: MambaState | None, rows: Tensor | None = None) -> Tensor:
         config = self.config
         z, xbc, raw = self.in_proj(u).split([config.inner_size, config.conv_channels, config.num_heads], dim=-1)
         weight, bias = self.conv1d.weight.to(u.dtype), self.conv1d.bias.to(u.dtype)
@@ -52,6 +52,8 @@ class Mamba(nn.Module):
         )  # fmt: skip
         if state is not None:
             state.push(xbc, convolved, dt, boundary, segments)
+        if rows is not None:
+            y, z = y[rows], z[rows]
         normed = gated_rms_norm(y, z, self.norm.weight.to(u.dtype), config.num_groups, self.epsilon)
         return self.out_proj(normed)  # type: ignore[no-any-return]
 
