@@ -95,6 +95,15 @@ if numba is not None:
         )
 
     @intrinsic  # type: ignore[untyped-decorator]
+    def fused(typing, a, b, c):  # type: ignore[no-untyped-def]
+        """a b + c, rounded once."""
+
+        def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            return builder.fma(*args)
+
+        return types.float32(types.float32, types.float32, types.float32), generate
+
+    @intrinsic  # type: ignore[untyped-decorator]
     def _alone(typing):  # type: ignore[no-untyped-def]
         def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
             builder.function.attributes.add("noinline")
@@ -135,13 +144,13 @@ def exp(x):  # type: ignore[no-untyped-def]
     """e^x in float32 within 2 units in the last place (Cephes' polynomial), for x in -87.3..88.3 and clamped to it."""
     x = min(max(x, f(-87.3)), f(88.3))
     n = np.float32(np.rint(x * f(1.44269504)))
-    r = x - n * f(0.693359375) + n * f(2.12194440e-4)
-    p = f(1.9875691500e-4) * r + f(1.3981999507e-3)
-    p = p * r + f(8.3334519073e-3)
-    p = p * r + f(4.1665795894e-2)
-    p = p * r + f(1.6666665459e-1)
-    p = p * r + f(5.0000001201e-1)
-    return (p * r * r + r + f(1)) * as_float(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
+    r = fused(n, f(2.12194440e-4), fused(n, f(-0.693359375), x))
+    p = fused(f(1.9875691500e-4), r, f(1.3981999507e-3))
+    p = fused(p, r, f(8.3334519073e-3))
+    p = fused(p, r, f(4.1665795894e-2))
+    p = fused(p, r, f(1.6666665459e-1))
+    p = fused(p, r, f(5.0000001201e-1))
+    return fused(p, r * r, r + f(1)) * as_float(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
 
 
 @inline
