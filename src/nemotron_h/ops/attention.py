@@ -13,6 +13,7 @@ running softmax, so its bits depend on its place alone, with s_j = q . k_j / sqr
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch import Tensor
 from nemotron_h.errors import ShapeError
 from nemotron_h.grid import BLOCK, DEPTH, ROWS, round_up
 from nemotron_h.ops.jit import attention as jit
+from nemotron_h.ops.jit.pairs import ADDS_PAIRS
 from nemotron_h.ops.jit.scalars import array, runs
 from nemotron_h.ops.segments import Segments
 from nemotron_h.ops.shapes import expect, wants_gradient
@@ -82,9 +84,12 @@ def attention_paged(q: Tensor, keys: Tensor, values: Tensor, segments: Segments,
         return attention_paged_torch(q, keys, values, segments, table)
     out = q.new_zeros(rows, heads * width) if rows > segments.tokens else q.new_empty(rows, heads * width)
     pieces = segments.pieces
-    jit.attend(
-        len(pieces[0]) * kv_heads, array(q.reshape(rows, heads * width)), array(keys.view(-1, BLOCK)),
-        array(values.view(-1, width)), array(table), *pieces, kv_heads, array(out),
+    attend, queries = jit.attend, array(q.reshape(rows, heads * width))
+    if ADDS_PAIRS and q.dtype == torch.bfloat16 and width % 2 == 0:
+        attend, queries = jit.attend_pairs, queries.view(np.uint32)
+    attend(
+        len(pieces[0]) * kv_heads, queries, array(keys.view(-1, BLOCK)), array(values.view(-1, width)), array(table),
+        *pieces, kv_heads, array(out),
     )  # fmt: skip
     return out.view(rows, heads, width)
 

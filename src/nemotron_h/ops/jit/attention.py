@@ -4,6 +4,9 @@ q, out (rows, f d) float32 or bfloat16 bits; keys (pages k d, BLOCK) and values 
 keys stand turned, one row a channel. A task is one key head and one piece of queries that lie in one block; the query
 heads that read that key head are rows of one product. A row's numbers depend on its own place alone: blocks come in
 order, each element of a product is one chain of sums.
+
+In bfloat16, a CPU that can takes channels, and then keys, by pairs (`pairs.py`), at twice the rate: the scores are as
+exact as before, the weights are rounded to bfloat16.
 """
 
 from typing import Any
@@ -12,8 +15,9 @@ import numpy as np
 
 from nemotron_h.ops.jit.kernels import kernel
 from nemotron_h.ops.jit.lanes import top, total
+from nemotron_h.ops.jit.pairs import load_pairs
 from nemotron_h.ops.jit.scalars import LANES, compile_once, exp, f, piece, read, write
-from nemotron_h.ops.jit.tiles import HEIGHT, add_product, load_rows
+from nemotron_h.ops.jit.tiles import HEIGHT, add_product, load_rows, store_rows
 
 
 @kernel(1)
@@ -36,7 +40,7 @@ def attend(
         for i in range(m):
             column = (head * group + i % group) * d
             for c in range(d):
-                queries[i, c] = read(q, row + i // group, column + c) * scale
+                queries[i, c] = read(q, row + i // group, column + c)
             for c in range(d):
                 attended[i, c] = f(0)
             tops[i], sums[i] = -np.inf, f(0)
@@ -51,10 +55,61 @@ def attend(
                 width = -(-seen[end - 1] // LANES) * LANES
                 score(scores, i, end, width, queries, block_keys)
                 for k in range(i, end):
-                    weigh(scores[k], seen[k], width, tops, sums, k, attended[k])
+                    weigh(scores[k], scale, seen[k], width, tops, sums, k, attended[k])
                 add_product(attended, i, end, d, scores, 0, block_values, 0, seen[i])
                 for k in range(i + 1, end):
                     add_product(attended, k, k + 1, d, scores, seen[i], block_values, seen[i], seen[k] - seen[i])
+        for i in range(m):
+            column = (head * group + i % group) * d
+            for c in range(d):
+                write(out, row + i // group, column + c, attended[i, c] / sums[i])
+
+
+@kernel(1)
+def attend_pairs(
+    start: Any, stop: Any, q: Any, keys: Any, values: Any, table: Any, owner: Any, rows: Any, counts: Any,
+    positions: Any, heads: Any, out: Any,
+) -> None:  # fmt: skip
+    """The same of bfloat16 with an even d, by pairs. q (rows, f d / 2): words."""
+    d, size = values.shape[1], keys.shape[1]
+    group, most = q.shape[1] * 2 // d // heads, max(counts) * (q.shape[1] * 2 // d // heads)
+    queries, scores = np.empty((most, d // 2), np.uint32), np.empty((most, size), np.float32)
+    weights = np.empty((most, size // 2), np.uint32)
+    block_keys, block_values = np.empty((d // 2, size), np.uint32), np.empty((size // 2, d), np.uint32)
+    attended, seen = np.empty((most, d), np.float32), np.empty(most, np.int64)
+    tops, sums = np.empty(most, np.float32), np.empty(most, np.float32)
+    scale = f(1) / np.sqrt(f(d))
+    for task in range(start, stop):
+        part, head = task // heads, task % heads
+        row, first, m = rows[part], positions[part], counts[part] * group
+        for i in range(m):
+            column = (head * group + i % group) * (d // 2)
+            for c in range(d // 2):
+                queries[i, c] = q[row + i // group, column + c]
+            for c in range(d):
+                attended[i, c] = f(0)
+            tops[i], sums[i] = -np.inf, f(0)
+        for block in range(first // size + 1):
+            page = table[owner[part], block] * heads + head
+            for i in range(m):
+                seen[i] = min(first + i // group + 1 - block * size, size)
+            load_pairs(block_keys, keys, page * d, 0, d // 2, -(-seen[m - 1] // LANES) * LANES)
+            load_pairs(block_values, values, page * size, 0, seen[m - 1] // 2, d)
+            for i in range(0, m, HEIGHT):
+                end = min(i + HEIGHT, m)
+                width = -(-seen[end - 1] // LANES) * LANES
+                score(scores, i, end, width, queries, block_keys)
+                for k in range(i, end):
+                    weigh(scores[k], scale, seen[k], width, tops, sums, k, attended[k])
+                    store_rows(weights.view(np.uint16), k, 0, scores[k : k + 1, :width], 1)
+                common = seen[i] // 2
+                add_product(attended, i, end, d, weights, 0, block_values, 0, common)
+                for k in range(i, end):
+                    add_product(attended, k, k + 1, d, weights, common, block_values, common, seen[k] // 2 - common)
+                    if seen[k] % 2:  # its last key has no pair yet: what lies later is not even read
+                        last = seen[k] - 1
+                        for c in range(d):
+                            attended[k, c] += scores[k, last] * read(values, page * size + last, c)
         for i in range(m):
             column = (head * group + i % group) * d
             for c in range(d):
@@ -72,15 +127,15 @@ def score(scores, begin, end, width, queries, keys):  # type: ignore[no-untyped-
 
 
 @piece
-def weigh(row, seen, width, tops, sums, i, out):  # type: ignore[no-untyped-def]
-    """Scores of a block become weights by the largest score so far; what was summed before is scaled to it."""
+def weigh(row, scale, seen, width, tops, sums, i, out):  # type: ignore[no-untyped-def]
+    """Scores of a block, to be scaled, become weights by the largest score so far; what was summed before, too."""
     compile_once()
     largest = max(tops[i], top(row, 0, seen))
     for j in range(width):
-        row[j] = exp(row[j] - largest)
+        row[j] = exp((row[j] - largest) * scale)
     for j in range(seen, width):
         row[j] = f(0)
-    gain = exp(tops[i] - largest)
+    gain = exp((tops[i] - largest) * scale)
     sums[i] = sums[i] * gain + total(row, 0, width)
     tops[i] = largest
     for c in range(out.shape[0]):

@@ -11,37 +11,24 @@ from typing import Any
 import numpy as np
 
 from nemotron_h.ops.jit.kernels import kernel
-from nemotron_h.ops.jit.scalars import f, numba, to_bfloat16, u
+from nemotron_h.ops.jit.pairs import ADDS_PAIRS
+from nemotron_h.ops.jit.scalars import FEATURES, f, numba, to_bfloat16, u
 
 OUTS = 64  # outputs of a block: four vectors
 HEIGHT = 4  # rows whose sums stay in registers together
 PAIRS_PADDED = 16  # a block's pairs are filled up to a multiple
 
-RUNS = False  # has this CPU the instruction?
+# can this CPU do it? where there are tile registers oneDNN uses them for many rows, in another order
+RUNS = ADDS_PAIRS and not FEATURES.get("amx-bf16", False)
 if numba is not None:
-    import llvmlite.binding
     from llvmlite import ir
     from numba import types
     from numba.core import cgutils
     from numba.extending import intrinsic
 
-    features = llvmlite.binding.get_host_cpu_features()
-    # where there are tile registers oneDNN uses them for many rows, in another order; and told to compile for another
-    # CPU than this one, LLVM ends the process over an instruction that the other has not
-    RUNS = (
-        bool(features.get("avx512bf16"))
-        and not features.get("amx-bf16")
-        and not (numba.config.CPU_NAME or numba.config.CPU_FEATURES)
-    )
-
-    class BFloat(ir.Type):  # type: ignore[misc]
-        """llvmlite has no name for it."""
-
-        def _to_string(self) -> str:
-            return "bfloat"
+    from nemotron_h.ops.jit.pairs import add_pairs
 
     SUMS, WORDS = ir.VectorType(ir.FloatType(), 16), ir.VectorType(ir.IntType(32), 16)
-    HALVES = ir.VectorType(BFloat(), 32)
 
     def chain(rows: int) -> Any:
         """For numba: out[:rows, :OUTS] += one chain over the pairs from begin to before end.
@@ -65,8 +52,6 @@ if numba is not None:
                 _, step, _, first, begin, end, _ = args
                 word = begin.type
                 vectors = OUTS // 16
-                kind = ir.FunctionType(SUMS, [SUMS, HALVES, HALVES])
-                dot = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
                 nothing, everywhere = ir.Constant(WORDS, ir.Undefined), ir.Constant(WORDS, None)
                 zeros = ir.Constant(SUMS, [0.0] * 16)
                 sums = [[cgutils.alloca_once_value(builder, zeros) for _ in range(vectors)] for _ in range(rows)]
@@ -75,13 +60,13 @@ if numba is not None:
                         builder.store(zeros, place)
                 with cgutils.for_range_slice(builder, begin, end, word(1)) as (pair, _):
                     at = builder.add(first, builder.mul(pair, word(OUTS)))
-                    some = [load(address(2, builder.add(at, word(16 * v))), HALVES) for v in range(vectors)]
+                    some = [load(address(2, builder.add(at, word(16 * v))), WORDS) for v in range(vectors)]
                     for row, own in enumerate(sums):
                         value = builder.load(address(0, builder.add(builder.mul(step, word(row)), pair)))
                         value = builder.insert_element(nothing, value, ir.IntType(32)(0))
-                        value = builder.bitcast(builder.shuffle_vector(value, nothing, everywhere), HALVES)
+                        value = builder.shuffle_vector(value, nothing, everywhere)
                         for place, weight in zip(own, some, strict=True):
-                            builder.store(builder.call(dot, [builder.load(place), value, weight]), place)
+                            builder.store(add_pairs(builder, builder.load(place), value, weight), place)
                 for row, own in enumerate(sums):
                     for v, place in enumerate(own):
                         where = address(6, word(row), word(16 * v))

@@ -1,4 +1,4 @@
-"""What the kernels share: bfloat16 as 16 bits, an exp of plain multiplies and adds, and when a kernel can run.
+"""What the kernels share: bfloat16 as 16 bits, an exp of multiplies and adds, and when a kernel can run.
 
 Every lane of a vector and every tail computes the same operations, so a value's bits do not depend on its place.
 """
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+FEATURES: dict[str, bool] = {}  # what the code that numba makes may use
 MISSING = ""  # what keeps kernels from running here
 try:
     import llvmlite.binding
@@ -21,6 +22,9 @@ try:
     from numba import types
     from numba.extending import intrinsic, overload
 
+    # told to compile for another CPU than this one, LLVM ends the process over an instruction that the other has not
+    if not (numba.config.CPU_NAME or numba.config.CPU_FEATURES):
+        FEATURES = dict(llvmlite.binding.get_host_cpu_features())
     if numba.config.DISABLE_JIT:
         MISSING = "NUMBA_DISABLE_JIT is set"
     elif platform.machine() in ("x86_64", "AMD64") and not llvmlite.binding.get_host_cpu_features().get("fma"):
@@ -28,7 +32,7 @@ try:
 except ImportError:
     MISSING = "numba is not installed"
 if MISSING:  # the torch definitions run; said once, by `runs`
-    numba = None
+    numba, FEATURES = None, {}
 
 f = np.float32
 u = np.uintp  # of an index: one that might be negative is looked at for each element, and no loop becomes vector code

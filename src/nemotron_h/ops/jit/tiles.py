@@ -2,17 +2,19 @@
 
     out[i, q] += factors[i, 0] rows[0, q] + factors[i, 1] rows[1, q] + ...
 
-HEIGHT rows of `out`, LANES columns wide, stay in registers while k runs. Every element is the same chain of fused
-multiply-adds in the order of k, wherever it stands: its bits depend on its own factors and its own column alone.
+HEIGHT rows of `out`, WIDEST columns wide, stay in registers while k runs. Every element is the same chain of fused
+multiply-adds in the order of k, wherever it stands: its bits depend on its own factors and its own column alone. Where
+factors and rows are words, a k is a pair of bfloat16 (`pairs.py`).
 """
 
 from typing import Any
 
 import numpy as np
 
-from nemotron_h.ops.jit.scalars import LANES, compile_once, f, numba, piece, read, write
+from nemotron_h.ops.jit.scalars import FEATURES, LANES, compile_once, f, numba, piece, read, write
 
 HEIGHT = 4
+WIDEST = 4 * LANES if FEATURES.get("avx512f", False) else LANES  # as far as there are registers
 
 if numba is not None:
     from llvmlite import ir
@@ -20,7 +22,9 @@ if numba is not None:
     from numba.core import cgutils
     from numba.extending import intrinsic
 
-    FLOAT, WORD = ir.FloatType(), ir.IntType(64)
+    from nemotron_h.ops.jit.pairs import add_pairs
+
+    FLOAT, HALVES, WORD = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 
     def tile(height: int, lanes: int) -> Any:
         """For numba: out[i : i + height, q : q + lanes] += factors[i :, column : column + count] rows[first :, q :]."""
@@ -28,9 +32,11 @@ if numba is not None:
         @intrinsic  # type: ignore[untyped-decorator]
         def add(typing, out, i, q, factors, column, rows, first, count):  # type: ignore[no-untyped-def]
             def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+                kinds = signature.args
+
                 def place(argument, row, at):  # type: ignore[no-untyped-def]
                     """The address of an element, and the bytes from row to row and from column to column."""
-                    kind = signature.args[argument]
+                    kind = kinds[argument]
                     array = context.make_array(kind)(context, builder, args[argument])
                     address = cgutils.get_item_pointer(context, builder, kind, array, [row, at], wraparound=False)
                     return address, *cgutils.unpack_tuple(builder, array.strides)
@@ -39,7 +45,7 @@ if numba is not None:
                 out, out_step, _ = place(0, i, q)
                 factors, factors_step, factor_step = place(3, i, column)
                 rows, rows_step, _ = place(5, first, q)
-                function = _tile_function(builder.module, height, lanes)
+                function = _tile_function(builder.module, height, lanes, paired=kinds[3].dtype == types.uint32)
                 builder.call(function, [out, out_step, factors, factors_step, factor_step, rows, rows_step, count])
                 return context.get_dummy_value()
 
@@ -47,11 +53,11 @@ if numba is not None:
 
         return add
 
-    def _tile_function(module: Any, height: int, lanes: int) -> Any:
+    def _tile_function(module: Any, height: int, lanes: int, *, paired: bool) -> Any:
         """The tile's loop over k as one function of the module: addresses, steps in bytes, the count."""
-        vector = ir.VectorType(FLOAT, lanes)
-        pointers = [FLOAT.as_pointer(), WORD, FLOAT.as_pointer(), WORD, WORD, FLOAT.as_pointer(), WORD, WORD]
-        name = f"nemotron_h_product_{height}_{lanes}"
+        kind = HALVES if paired else FLOAT  # of factors and rows
+        pointers = [FLOAT.as_pointer(), WORD, kind.as_pointer(), WORD, WORD, kind.as_pointer(), WORD, WORD]
+        name = f"nemotron_h_product_{'pairs_' * paired}{height}_{lanes}"
         if name in module.globals:
             return module.globals[name]
         function = ir.Function(module, ir.FunctionType(ir.VoidType(), pointers), name)
@@ -60,36 +66,52 @@ if numba is not None:
             function.attributes.add(attribute)
         out, out_step, factors, factors_step, factor_step, rows, rows_step, count = function.args
         builder = ir.IRBuilder(function.append_basic_block())
-        fused = ir.FunctionType(vector, [vector] * 3)
-        add_fused = cgutils.get_or_insert_function(module, fused, f"llvm.fma.v{lanes}f32")
-        nothing, zeros = ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), lanes), None)
+        width = min(lanes, LANES)  # of one vector
+        of_kind = ir.VectorType(kind, width)
+        nothing, zeros = ir.Constant(of_kind, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), width), None)
 
         def move(address, step, times):  # type: ignore[no-untyped-def]
-            return cgutils.pointer_add(builder, address, builder.mul(step, times), FLOAT.as_pointer())
+            return cgutils.pointer_add(builder, address, builder.mul(step, times), address.type)
 
-        def vector_at(address):  # type: ignore[no-untyped-def]
-            return builder.bitcast(address, vector.as_pointer())
+        def places(address):  # type: ignore[no-untyped-def]
+            """Of the vectors side by side from an address on."""
+            vector = ir.VectorType(address.type.pointee, width).as_pointer()
+            starts = [builder.gep(address, [WORD(first)]) for first in range(0, lanes, width)]
+            return [builder.bitcast(start, vector) for start in starts]
 
-        def load(address):  # type: ignore[no-untyped-def]
-            loaded = builder.load(vector_at(address))
-            loaded.align = 4  # that of a float32: rows begin anywhere
-            return loaded
+        def loaded(place):  # type: ignore[no-untyped-def]
+            vector = builder.load(place)
+            vector.align = 4  # that of a float32: rows begin anywhere
+            return vector
 
-        outs = [move(out, out_step, WORD(r)) for r in range(height)]
-        sums = [cgutils.alloca_once_value(builder, load(address)) for address in outs]
+        def added(factor, row, total):  # type: ignore[no-untyped-def]
+            if not paired:
+                function = ir.FunctionType(of_kind, [of_kind] * 3)
+                fused = cgutils.get_or_insert_function(module, function, f"llvm.fma.v{width}f32")
+                return builder.call(fused, [factor, row, total])
+            if width > 1:
+                return add_pairs(builder, total, factor, row)
+            four = ir.Constant(ir.VectorType(ir.IntType(32), 4), [0] * 4)  # there is none of one lane
+            factor, row, total = (builder.shuffle_vector(t, t, four) for t in (factor, row, total))
+            return builder.shuffle_vector(add_pairs(builder, total, factor, row), total, zeros)
+
+        outs = [places(move(out, out_step, WORD(r))) for r in range(height)]
+        sums = [[cgutils.alloca_once_value(builder, loaded(place)) for place in line] for line in outs]
         with cgutils.for_range(builder, count) as loop:
-            row = load(move(rows, rows_step, loop.index))
+            vectors = [loaded(place) for place in places(move(rows, rows_step, loop.index))]
             ahead = move(factors, factor_step, loop.index)
-            for r, total in enumerate(sums):
+            for r, line in enumerate(sums):
                 factor = builder.insert_element(nothing, builder.load(move(ahead, factors_step, WORD(r))), WORD(0))
                 everywhere = builder.shuffle_vector(factor, nothing, zeros)
-                builder.store(builder.call(add_fused, [everywhere, row, builder.load(total)]), total)
-        for address, total in zip(outs, sums, strict=True):
-            builder.store(builder.load(total), vector_at(address)).align = 4
+                for vector, total in zip(vectors, line, strict=True):
+                    builder.store(added(everywhere, vector, builder.load(total)), total)
+        for places_of_line, line in zip(outs, sums, strict=True):
+            for place, total in zip(places_of_line, line, strict=True):
+                builder.store(builder.load(total), place).align = 4
         builder.ret_void()
         return function
 
-    high_wide, high_single = tile(HEIGHT, LANES), tile(HEIGHT, 1)
+    high_widest, high_wide, high_single = tile(HEIGHT, WIDEST), tile(HEIGHT, LANES), tile(HEIGHT, 1)
     low_wide, low_single = tile(1, LANES), tile(1, 1)
 
 
@@ -97,12 +119,15 @@ if numba is not None:
 def add_product(out, begin, end, width, factors, column, rows, first, count):  # type: ignore[no-untyped-def]
     """out[i, :width] += sum_k factors[i, column + k] rows[first + k, :width], k = 0..count-1, begin <= i < end.
 
-    All two-dimensional float32; a row of `out` and of `rows` is contiguous, `factors` may be turned.
+    All two-dimensional float32, or factors and rows words of pairs; a row of `out` and of `rows` is contiguous,
+    `factors` may be turned.
     """
     compile_once()
-    i, whole = begin, width // LANES * LANES
+    i, widest, whole = begin, width // WIDEST * WIDEST, width // LANES * LANES
     while i + HEIGHT <= end:
-        for q in range(0, whole, LANES):
+        for q in range(0, widest, WIDEST):
+            high_widest(out, i, q, factors, column, rows, first, count)
+        for q in range(widest, whole, LANES):
             high_wide(out, i, q, factors, column, rows, first, count)
         for q in range(whole, width):
             high_single(out, i, q, factors, column, rows, first, count)
