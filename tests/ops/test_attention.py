@@ -100,6 +100,32 @@ def test_a_query_alone_has_the_bits_of_the_whole(dtype: torch.dtype, heads: int,
         assert torch.equal(alone[0], whole[place]), place
 
 
+@pytest.mark.parametrize("width", [8, 15, 24, 64, 80, 128])
+@pytest.mark.parametrize("by_pairs", [False, True])
+def test_bfloat16_by_pairs_and_without(*, by_pairs: bool, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if by_pairs and not attention.ADDS_PAIRS:
+        pytest.skip("this CPU does not add products of pairs")
+    monkeypatch.setattr(attention, "ADDS_PAIRS", by_pairs)
+    q, k, v = (torch.randn(300, heads, width, generator=seeded(heads)).bfloat16() for heads in (F, KV, KV))
+    (whole,) = by_pages([(q, k, v)], [0])
+    assert_near(whole, attention_definition(q.double(), k.double(), v.double()), ROUNDING[torch.bfloat16])
+    for place in (0, 1, 62, 63, 64, 255, 256, 299):
+        (alone,) = by_pages([(q[: place + 1], k[: place + 1], v[: place + 1])], [place])
+        assert torch.equal(alone[0], whole[place]), place
+
+
+@pytest.mark.parametrize("place", [0, 1, 254, 255, 299])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_stays_with_the_queries_that_see_it(dtype: torch.dtype, place: int) -> None:
+    pytest.importorskip("numba")  # the torch form multiplies weights of zero too
+    q, k, v = random(300, seed=9, dtype=dtype)
+    (want,) = by_pages([(q, k, v)], [0])
+    v[place] = torch.nan
+    (got,) = by_pages([(q, k, v)], [0])
+    assert torch.equal(got[:place], want[:place])
+    assert got[place:].isnan().all()
+
+
 @pytest.mark.parametrize("place", [0, 1, 255, 256, 299])
 def test_no_query_reads_a_later_key(place: int, form: str) -> None:
     q, k, v = random(300, seed=3)
