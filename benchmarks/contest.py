@@ -29,6 +29,7 @@ class Contestant:
 
     def close(self) -> None:
         self.process.stdin.close()  # type: ignore[union-attr]
+        self.process.stdout.close()  # type: ignore[union-attr]
         self.process.wait()
 
     def _answer(self) -> Any:

@@ -54,6 +54,7 @@ def test_a_results_file_says_what_gave_it(file: str) -> None:
     content: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / file).read_text())
     for key in ("command", "commit", "date", "cpu", "cpu_features", "threads", "torch", "python", "rows"):
         assert content[key], key
+    assert re.fullmatch("[0-9a-f]{7,40}", content["commit"]), "measure what is checked in"
     for row in content["rows"]:
         assert set(row) == {"what", "unit", "ours", "peer", "peer_version", "ratio", "n", "spread"}
         assert (row["peer"] is None) == (row["peer_version"] is None) == (row["ratio"] is None)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nemotron_h.checkpoint.companions import TEMPLATE, Companions, end_ids, read_companions
+from nemotron_h.checkpoint.companions import TEMPLATE_FILE, Companions, end_ids, read_companions
 from nemotron_h.checkpoint.save import save
 from nemotron_h.config.generation import GENERATION_FILE, Generation
 from nemotron_h.config.model import ModelConfig
@@ -48,7 +48,7 @@ def test_everything_is_carried_byte_for_byte(folder: Path, tmp_path: Path) -> No
     generation = {"eos_token_id": [2, 7], "do_sample": True, "temperature": 0.6, "max_length": 99, "bos_token_id": 3}
     (folder / GENERATION_FILE).write_text(json.dumps(generation))
     files = {
-        TEMPLATE: JINJA.encode(),
+        TEMPLATE_FILE: JINJA.encode(),
         "LICENSE": b"\xff not UTF-8",
         "LICENSE-data.txt": b"data\r\n",
         "NOTICE": b"notice",
@@ -93,7 +93,7 @@ def test_a_first_checkpoint_has_what_can_be_said(folder: Path) -> None:
 def test_a_template_in_the_tokenizers_settings(value: Any, template: str | None, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
     assert read_companions(folder).chat_template == template
-    (folder / TEMPLATE).write_text("from the file")
+    (folder / TEMPLATE_FILE).write_text("from the file")
     assert read_companions(folder).chat_template == "from the file"
 
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nemotron_h.checkpoint.load import load
-from nemotron_h.checkpoint.save import INDEX, WEIGHTS, save
+from nemotron_h.checkpoint.names import INDEX_FILE, WEIGHTS_FILE
+from nemotron_h.checkpoint.save import save
 from nemotron_h.config.model import ModelConfig
 from nemotron_h.errors import CheckpointError, ConfigError, NemotronError, UnsupportedError
 from nemotron_h.model.hybrid import Hybrid
@@ -35,9 +36,9 @@ def sharded(build: Callable[..., Hybrid], tmp_path: Path) -> Path:
 
 
 def change(folder: Path, edit: Callable[[Tensors], None]) -> None:
-    tensors = load_file(folder / WEIGHTS)
+    tensors = load_file(folder / WEIGHTS_FILE)
     edit(tensors)
-    save_file(tensors, folder / WEIGHTS)
+    save_file(tensors, folder / WEIGHTS_FILE)
 
 
 def refusal(folder: Path) -> str:
@@ -87,25 +88,25 @@ def test_the_file_is_mapped(folder: Path) -> None:
     for line in maps.read_text().splitlines():
         low, _, high = line.split()[0].partition("-")
         if int(low, 16) <= start < int(high, 16):
-            assert line.endswith(WEIGHTS), line
+            assert line.endswith(WEIGHTS_FILE), line
             return
     pytest.fail("the weights are nowhere")
 
 
 def test_writing_to_a_loaded_weight_leaves_the_file(folder: Path) -> None:
-    before = (folder / WEIGHTS).read_bytes()
+    before = (folder / WEIGHTS_FILE).read_bytes()
     model = load(folder)
     with torch.no_grad():
         model.backbone.embeddings.weight.zero_()
-    assert (folder / WEIGHTS).read_bytes() == before
+    assert (folder / WEIGHTS_FILE).read_bytes() == before
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 4, 100, -1])
 def test_a_truncated_file_is_named(folder: Path, kept_bytes: int) -> None:
-    content = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).write_bytes(content[:kept_bytes])
+    content = (folder / WEIGHTS_FILE).read_bytes()
+    (folder / WEIGHTS_FILE).write_bytes(content[:kept_bytes])
     message = refusal(folder)
-    assert message.startswith(f"{folder / WEIGHTS}: must be a whole safetensors file; got "), message
+    assert message.startswith(f"{folder / WEIGHTS_FILE}: must be a whole safetensors file; got "), message
 
 
 def test_a_truncated_shard_is_named(sharded: Path) -> None:
@@ -122,28 +123,28 @@ def test_a_missing_shard_is_named(sharded: Path) -> None:
 
 @pytest.mark.parametrize("target", ["../m/model.safetensors", "/etc/passwd", "other.bin", "a/b.safetensors"])
 def test_an_index_stays_in_its_folder(sharded: Path, target: str) -> None:
-    index = json.loads((sharded / INDEX).read_text())
+    index = json.loads((sharded / INDEX_FILE).read_text())
     index["weight_map"][NAME] = target
-    (sharded / INDEX).write_text(json.dumps(index))
+    (sharded / INDEX_FILE).write_text(json.dumps(index))
     message = refusal(sharded)
     assert NAME in message
     assert target in message
 
 
 def test_index_and_shards_agree(sharded: Path) -> None:
-    index = json.loads((sharded / INDEX).read_text())
+    index = json.loads((sharded / INDEX_FILE).read_text())
     names = index["weight_map"]
     first, last = (next(iter(names)), list(names)[-1])
     names[first], names[last] = names[last], names[first]
-    (sharded / INDEX).write_text(json.dumps(index))
-    assert INDEX in refusal(sharded)
+    (sharded / INDEX_FILE).write_text(json.dumps(index))
+    assert INDEX_FILE in refusal(sharded)
     assert any(name in refusal(sharded) for name in (first, last))
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 3}}', "\ud800"])
 def test_a_damaged_index_is_named(sharded: Path, content: str) -> None:
-    (sharded / INDEX).write_bytes(content.encode(errors="surrogatepass"))
-    assert refusal(sharded).startswith(str(sharded / INDEX))
+    (sharded / INDEX_FILE).write_bytes(content.encode(errors="surrogatepass"))
+    assert refusal(sharded).startswith(str(sharded / INDEX_FILE))
 
 
 class Trap:
@@ -156,24 +157,24 @@ def test_a_pickle_is_refused_and_never_read(
     folder: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS_FILE).unlink()
     (folder / name).write_bytes(pickle.dumps(Trap()))
     assert f"{name} is a pickle" in refusal(folder)
-    (folder / WEIGHTS).write_bytes(pickle.dumps(Trap()))
+    (folder / WEIGHTS_FILE).write_bytes(pickle.dumps(Trap()))
     assert "must be a whole safetensors file" in refusal(folder)
     assert not (tmp_path / "sprung").exists()
 
 
 def test_folders_that_are_none(tmp_path: Path, folder: Path) -> None:
     assert "must be a checkpoint folder" in refusal(tmp_path / "nothing")
-    assert "must be a checkpoint folder" in refusal(folder / WEIGHTS)
+    assert "must be a checkpoint folder" in refusal(folder / WEIGHTS_FILE)
     (folder / "config.json").unlink()
     assert "config.json: must exist" in refusal(folder)
 
 
 def test_leftovers_are_not_read(folder: Path) -> None:
-    (folder / WEIGHTS).rename(folder / ".model.safetensors.partial")
-    assert f"must hold {WEIGHTS}" in refusal(folder)
+    (folder / WEIGHTS_FILE).rename(folder / ".model.safetensors.partial")
+    assert f"must hold {WEIGHTS_FILE}" in refusal(folder)
 
 
 def edit_config(folder: Path, **changes: object) -> None:
@@ -197,7 +198,7 @@ def test_a_tied_head_may_stand_there_when_it_is_the_embedding(
 ) -> None:
     folder = tmp_path / "tied"
     save(build(replace(config, tied_embeddings=True)), folder)
-    weight = load_file(folder / WEIGHTS)["backbone.embeddings.weight"]
+    weight = load_file(folder / WEIGHTS_FILE)["backbone.embeddings.weight"]
     change(folder, lambda tensors: tensors.update({"lm_head.weight": weight.clone()}))
     assert torch.equal(load(folder).head_weight, weight)
     change(folder, lambda tensors: tensors.update({"lm_head.weight": weight + 1}))

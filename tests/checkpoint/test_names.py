@@ -8,9 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nemotron_h.checkpoint.load import load
-from nemotron_h.checkpoint.names import published_names, stored_name
+from nemotron_h.checkpoint.names import WEIGHTS_FILE, published_names, stored_name
 from nemotron_h.checkpoint.save import save
-from nemotron_h.checkpoint.weights import WEIGHTS
 from nemotron_h.config.published import Dialect
 from nemotron_h.errors import CheckpointError
 from nemotron_h.model.hybrid import Hybrid
@@ -50,7 +49,7 @@ def test_a_folder_may_mix_the_dialects(build: Callable[..., Hybrid], tmp_path: P
     model = build()
     for dialect in Dialect:
         save(model, tmp_path / dialect, dialect=dialect, dtype=torch.float32)
-    tensors = load_file(tmp_path / Dialect.PUBLISHED / WEIGHTS)
-    save_file(tensors, tmp_path / Dialect.TRANSFORMERS / WEIGHTS)
+    tensors = load_file(tmp_path / Dialect.PUBLISHED / WEIGHTS_FILE)
+    save_file(tensors, tmp_path / Dialect.TRANSFORMERS / WEIGHTS_FILE)
     loaded = load(tmp_path / Dialect.TRANSFORMERS, dtype=torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))

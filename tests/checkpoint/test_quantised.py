@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nemotron_h.checkpoint.load import load, widest_dtype
-from nemotron_h.checkpoint.save import WEIGHTS, save
+from nemotron_h.checkpoint.names import WEIGHTS_FILE
+from nemotron_h.checkpoint.save import save
 from nemotron_h.config.model import MlpConfig, ModelConfig
 from nemotron_h.config.quantization import QUANT_FILE
 from nemotron_h.errors import CheckpointError, UnsupportedError
@@ -51,19 +52,21 @@ def nvfp4(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
 
 def quantise(folder: Path, formats: dict[str, Callable[[Tensor], Any]], algorithm: str = "FP8") -> dict[str, Tensor]:
     """Store weights of a float32 folder in those formats; the float64 values by name."""
-    tensors = load_file(folder / WEIGHTS)
+    tensors = load_file(folder / WEIGHTS_FILE)
     values = {}
     for name, form in formats.items():
         parts, values[name] = form(tensors.pop(name))
         tensors |= {name.removesuffix("weight") + part: tensor for part, tensor in parts.items()}
-    save_file(tensors, folder / WEIGHTS)
+    save_file(tensors, folder / WEIGHTS_FILE)
     (folder / QUANT_FILE).write_text(json.dumps({"quantization": {"quant_algo": algorithm}}))
     return values
 
 
 def matrices(folder: Path) -> list[str]:
     """What the tool quantises by default: every linear layer but the head."""
-    return [name for name, t in load_file(folder / WEIGHTS).items() if name.endswith("proj.weight") and t.ndim == 2]
+    return [
+        name for name, t in load_file(folder / WEIGHTS_FILE).items() if name.endswith("proj.weight") and t.ndim == 2
+    ]
 
 
 @pytest.fixture
@@ -103,8 +106,8 @@ def test_layers_of_both_formats_and_of_none(folder: Path) -> None:
 
 
 def edit(folder: Path, **tensors: Tensor | None) -> None:
-    held = {**load_file(folder / WEIGHTS), **tensors}
-    save_file({name: tensor for name, tensor in held.items() if tensor is not None}, folder / WEIGHTS)
+    held = {**load_file(folder / WEIGHTS_FILE), **tensors}
+    save_file({name: tensor for name, tensor in held.items() if tensor is not None}, folder / WEIGHTS_FILE)
 
 
 def refusal(folder: Path) -> str:
@@ -117,7 +120,7 @@ def refusal(folder: Path) -> str:
 def test_what_does_not_fit_the_format_is_named(folder: Path) -> None:
     quantise(folder, {UP: fp8})
     stem = UP.removesuffix("weight")
-    held = load_file(folder / WEIGHTS)
+    held = load_file(folder / WEIGHTS_FILE)
     edit(folder, **{f"{stem}weight_scale": None})
     assert refusal(folder).startswith(f"{stem}weight_scale: missing; {UP} is stored in FP8")
     edit(folder, **{f"{stem}weight_scale": held[f"{stem}weight_scale"], UP: torch.zeros(48, 32)})
@@ -149,7 +152,7 @@ def test_its_dtype_is_that_of_the_plain_weights(folder: Path, build: Build, tmp_
 
 
 def test_without_a_weight_the_dtype_is_the_narrowest(tmp_path: Path) -> None:
-    save_file({"step": torch.ones(1)}, tmp_path / WEIGHTS)
+    save_file({"step": torch.ones(1)}, tmp_path / WEIGHTS_FILE)
     assert widest_dtype(tmp_path) == torch.bfloat16
 
 
@@ -184,7 +187,7 @@ def test_decoding_needs_little_more_than_the_weights(build: Build, config: Model
     folder = tmp_path / "large"
     save(build(replace(config, layers=tuple(layers[:2]))), folder)
     quantise(folder, {UP: lambda weight: fp8(weight.float())})
-    tensors = load_file(folder / WEIGHTS)
+    tensors = load_file(folder / WEIGHTS_FILE)
     stored = sum(tensor.nbytes for tensor in tensors.values())
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", LOADER, str(folder)], capture_output=True, text=True, check=True

@@ -13,7 +13,8 @@ from safetensors import safe_open
 
 import nemotron_h
 from nemotron_h.checkpoint.load import load
-from nemotron_h.checkpoint.save import INDEX, KEPT_FLOAT32, WEIGHTS, published_parameters, save, write_model
+from nemotron_h.checkpoint.names import INDEX_FILE, WEIGHTS_FILE
+from nemotron_h.checkpoint.save import KEPT_FLOAT32, published_parameters, save, write_model
 from nemotron_h.config.model import ModelConfig
 from nemotron_h.config.published import read_config
 from nemotron_h.errors import CheckpointError
@@ -35,7 +36,7 @@ def test_saved_and_loaded_gives_the_same_logits(build: Build, config: ModelConfi
     loaded = load(tmp_path / "m", dtype=torch.float32)
     assert loaded.config == model.config
     assert torch.equal(logits(loaded), logits(model))
-    with safe_open(tmp_path / "m" / WEIGHTS, framework="pt") as file:
+    with safe_open(tmp_path / "m" / WEIGHTS_FILE, framework="pt") as file:
         head = file.get_tensor("lm_head.weight")  # a tied one too: not every program ties it
     assert torch.equal(head, model.head_weight)
 
@@ -50,7 +51,7 @@ def test_trained_is_served(build: Build, tmp_path: Path) -> None:
 def test_the_scan_parameters_stay_float32(build: Build, tmp_path: Path) -> None:
     model = build()
     save(model, tmp_path / "m")
-    with safe_open(tmp_path / "m" / WEIGHTS, framework="pt") as file:
+    with safe_open(tmp_path / "m" / WEIGHTS_FILE, framework="pt") as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     for name, parameter in model.named_parameters():
         kept = name.rpartition(".")[2] in KEPT_FLOAT32
@@ -62,7 +63,7 @@ def test_shards_hold_every_tensor_once(build: Build, tmp_path: Path) -> None:
     model = build()
     save(model, tmp_path / "whole")
     save(model, tmp_path / "cut", shard_bytes=4000)
-    index = json.loads((tmp_path / "cut" / INDEX).read_text())
+    index = json.loads((tmp_path / "cut" / INDEX_FILE).read_text())
     files = sorted(path.name for path in (tmp_path / "cut").glob("*.safetensors"))
     assert len(files) > 3
     assert files == sorted(set(index["weight_map"].values()))

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nemotron_h.checkpoint.load import load as load_model
-from nemotron_h.checkpoint.save import WEIGHTS, save
+from nemotron_h.checkpoint.names import WEIGHTS_FILE
+from nemotron_h.checkpoint.save import save
 from tests.checkpoint.stub_hub import Model, connected
 
 Command = Callable[..., Any]
@@ -21,7 +22,7 @@ def test_there_and_back(command: Command, checkpoint: Path, tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     assert command("convert", checkpoint, "--to", "transformers").out == "tiny-transformers\n"
     there = tmp_path / "tiny-transformers"
-    assert "model.embeddings.weight" in load_file(there / WEIGHTS)
+    assert "model.embeddings.weight" in load_file(there / WEIGHTS_FILE)
     assert "layers_block_type" in json.loads((there / "config.json").read_text())
     assert command("convert", there, "--to", "published", "--out", "back").out == "back\n"
     names = sorted(path.name for path in checkpoint.iterdir())
@@ -47,7 +48,7 @@ def test_a_model_of_the_hub_is_written_under_its_own_name(
 def test_weights_keep_their_dtype(dtype: torch.dtype, command: Command, checkpoint: Path, tmp_path: Path) -> None:
     save(load_model(checkpoint, dtype=torch.float32), tmp_path / "m", dtype=dtype)
     assert command("convert", tmp_path / "m", "--to", "transformers", "--out", tmp_path / "out").code == 0
-    before, after = load_file(tmp_path / "m" / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
+    before, after = load_file(tmp_path / "m" / WEIGHTS_FILE), load_file(tmp_path / "out" / WEIGHTS_FILE)
     for name, tensor in before.items():
         stored = after[name.replace("backbone.", "model.")]
         assert stored.dtype == tensor.dtype, name
@@ -61,20 +62,20 @@ def test_a_dtype_of_ones_own(command: Command, checkpoint: Path, tmp_path: Path)
     assert refused == f"precision: must be given; the weights in {wide} are float64, which is not kept"
     options = ["--to", "published", "--precision", "bfloat16", "--out", tmp_path / "a"]
     assert command("convert", wide, *options).code == 0
-    assert load_file(tmp_path / "a" / WEIGHTS)["lm_head.weight"].dtype == torch.bfloat16
+    assert load_file(tmp_path / "a" / WEIGHTS_FILE)["lm_head.weight"].dtype == torch.bfloat16
 
 
 def test_quantised_weights_are_written_as_what_they_stand_for(
     command: Command, checkpoint: Path, tmp_path: Path
 ) -> None:
     save(load_model(checkpoint), tmp_path / "m")
-    tensors, name = load_file(tmp_path / "m" / WEIGHTS), "backbone.layers.1.mixer.up_proj"
+    tensors, name = load_file(tmp_path / "m" / WEIGHTS_FILE), "backbone.layers.1.mixer.up_proj"
     codes = tensors[f"{name}.weight"].float().to(torch.float8_e4m3fn)
     tensors |= {f"{name}.weight": codes, f"{name}.weight_scale": torch.tensor(2.0)}
-    save_file(tensors, tmp_path / "m" / WEIGHTS)
+    save_file(tensors, tmp_path / "m" / WEIGHTS_FILE)
     (tmp_path / "m" / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
     assert command("convert", tmp_path / "m", "--to", "published", "--out", tmp_path / "out").code == 0
-    got = load_file(tmp_path / "out" / WEIGHTS)[f"{name}.weight"]
+    got = load_file(tmp_path / "out" / WEIGHTS_FILE)[f"{name}.weight"]
     assert torch.equal(got, (2 * codes.float()).bfloat16())
     assert not (tmp_path / "out" / "hf_quant_config.json").exists()
 

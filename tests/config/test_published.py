@@ -152,6 +152,8 @@ def test_rope_keys_steer_only_a_model_that_has_rope() -> None:
         ({"mlp_hidden_act": "silu"}, UnsupportedError, r"^mlp_hidden_act: must be 'relu2'; got 'silu'$"),
         ({"attention_bias": True}, UnsupportedError, r"^attention_bias: must be False; got True$"),
         ({"use_conv_bias": False}, UnsupportedError, r"^use_conv_bias: must be True; got False$"),
+        ({"use_conv_bias": 1}, UnsupportedError, r"^use_conv_bias: must be True; got 1$"),
+        ({"num_nextn_predict_layers": False}, UnsupportedError, r"^num_nextn_predict_layers: must be 0; got False$"),
         ({"residual_in_fp32": True}, UnsupportedError, r"^residual_in_fp32: must be False; got True$"),
         ({"sliding_window": 4096}, UnsupportedError, r"^sliding_window: must be None; got 4096$"),
         ({"hybrid_override_pattern": "ME"}, UnsupportedError, r"^pattern: mixture-of-experts .* got 'E' at layer 1$"),

@@ -175,6 +175,18 @@ def test_a_part_that_does_not_fit_is_named(parts: dict[str, Tensor | None], mess
         decode(NAME, given, torch.Size((4, 32)), torch.bfloat16)
 
 
+@pytest.mark.parametrize("place", [(0, 0), (3, 1)])
+def test_codes_and_scales_that_are_no_numbers_are_refused(place: tuple[int, int]) -> None:
+    shape, rule = torch.Size((4, 32)), r"^layer\.weight: must hold finite numbers; its {} codes and scales give others$"
+    eight, four = fp8(), nvfp4()
+    eight["weight"].view(torch.uint8)[place] = 0x7F
+    four["weight_scale"].view(torch.uint8)[place] = 0xFF
+    large = {"weight": torch.full((4, 32), 2.0).to(torch.float8_e4m3fn), "weight_scale": torch.tensor(3e38)}
+    for parts, form in ((eight, "FP8"), (four, "NVFP4"), (large, "FP8")):
+        with pytest.raises(CheckpointError, match=rule.format(form)):
+            decode(NAME, parts, shape, torch.bfloat16)
+
+
 def test_a_row_that_is_no_whole_number_of_blocks() -> None:
     with pytest.raises(CheckpointError, match=r"^layer\.weight: must have a multiple of 16 columns in NVFP4; got 24$"):
         decode(NAME, nvfp4(), torch.Size((4, 24)), torch.float32)

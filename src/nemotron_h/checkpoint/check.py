@@ -11,8 +11,9 @@ import torch
 
 from nemotron_h.checkpoint.files import writing
 from nemotron_h.checkpoint.load import read
-from nemotron_h.checkpoint.save import CONFIG, SHARD_BYTES, published_parameters, shards, stored_dtype, write_shard
+from nemotron_h.checkpoint.save import SHARD_BYTES, published_parameters, shards, stored_dtype, write_shard
 from nemotron_h.checkpoint.weights import Weights, opened
+from nemotron_h.config.keys import CONFIG_FILE
 from nemotron_h.config.published import MODEL_TYPE, Dialect, from_published, read_config, to_published
 from nemotron_h.config.quantization import read_quantization
 from nemotron_h.model.check import Finding
@@ -27,7 +28,7 @@ def check_folder(folder: Path, model: Hybrid) -> Iterator[Finding]:
 
 def config_again(folder: Path) -> Finding:
     """config.json as this program writes it, in every dialect that has such a model."""
-    config = read_config(folder / CONFIG)
+    config = read_config(folder / CONFIG_FILE)
     family = to_published(config)["model_type"] == MODEL_TYPE
     dialects = list(Dialect) if family else [Dialect.PUBLISHED]  # transformers has none with RoPE
     differ = [str(dialect) for dialect in dialects if from_published(to_published(config, dialect=dialect)) != config]

@@ -16,9 +16,8 @@ from nemotron_h.config.generation import GENERATION_FILE, Generation, read_gener
 from nemotron_h.config.keys import read_object, short
 from nemotron_h.config.model import AttentionConfig, ModelConfig
 from nemotron_h.errors import CheckpointError, ConfigError
-from nemotron_h.text.tokenizer import SETTINGS_FILE, Tokenizer
+from nemotron_h.text.tokenizer import SETTINGS_FILE, TEMPLATE_FILE, Tokenizer
 
-TEMPLATE = "chat_template.jinja"
 CARRIED = ("LICENSE*", "LICENCE*", "NOTICE*")
 MOST_BYTES = 2**24  # of one such file
 MOST_FILES = 100
@@ -66,7 +65,7 @@ def write_companions(
     )
     write_generation(generation, folder / GENERATION_FILE)
     if companions.chat_template is not None:
-        (folder / TEMPLATE).write_bytes(companions.chat_template.encode())
+        (folder / TEMPLATE_FILE).write_bytes(companions.chat_template.encode())
     for name, content in companions.legal.items():
         (folder / name).write_bytes(content)
     if companions.parent is not None and "/" in companions.parent and companions.parent_card is None:
@@ -102,7 +101,7 @@ def end_ids(generation: Generation, config: ModelConfig, tokenizer: Tokenizer | 
 
 def _read_template(folder: Path) -> str | None:
     """chat_template.jinja, else what tokenizer_config.json has: one text, or named ones with a default."""
-    text = _read_text(folder / TEMPLATE)
+    text = _read_text(folder / TEMPLATE_FILE)
     path = folder / SETTINGS_FILE
     if text is not None or not path.exists():
         return text

@@ -17,10 +17,10 @@ from typing import Protocol, Self
 import huggingface_hub
 from huggingface_hub import constants
 
-from nemotron_h.config.keys import read_object
+from nemotron_h.checkpoint.names import INDEX_FILE, WEIGHTS_FILE
+from nemotron_h.config.keys import CONFIG_FILE, read_object
 from nemotron_h.errors import CheckpointError
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 DEFAULT_REVISION = "main"
 WORD = r"\w+(?:[.-]\w+)*"
 NAME = re.compile(rf"({WORD}/{WORD})(?:@(\w[\w.-]*(?:/\w[\w.-]*)*))?", re.ASCII)
@@ -104,7 +104,7 @@ def find(path: str | Path, *, weights: bool = True) -> Path | HubName:
 def cached(name: HubName, *, weights: bool = True) -> Path | None:
     """The folder of a name in the cache, where it is whole."""
     config = huggingface_hub.try_to_load_from_cache(
-        name.repository, CONFIG, cache_dir=cache_folder(), revision=name.revision
+        name.repository, CONFIG_FILE, cache_dir=cache_folder(), revision=name.revision
     )
     if not isinstance(config, str):  # not there, or known not to be
         return None
@@ -114,9 +114,9 @@ def cached(name: HubName, *, weights: bool = True) -> Path | None:
 
 def missing(folder: Path, *, weights: bool = True) -> tuple[str, ...]:
     """Files without which a folder is no whole checkpoint: config.json, and the weights that its index names."""
-    needed = {CONFIG, WEIGHTS} if weights else {CONFIG}
-    if weights and (folder / INDEX).exists():
-        needed = {CONFIG, *_shards(folder / INDEX)}
+    needed = {CONFIG_FILE, WEIGHTS_FILE} if weights else {CONFIG_FILE}
+    if weights and (folder / INDEX_FILE).exists():
+        needed = {CONFIG_FILE, *_shards(folder / INDEX_FILE)}
     return tuple(sorted(name for name in needed if not _is_file(folder / name)))
 
 
@@ -162,7 +162,7 @@ def read_cache() -> Cache:
         partial = sum(file.size_on_disk for file in cache.incomplete_files if file.file_path.parent == blobs)
         for commit in model.revisions:
             lacks = missing(commit.snapshot_path)
-            if CONFIG in lacks:
+            if CONFIG_FILE in lacks:
                 continue
             revision = min(commit.refs, key=lambda ref: (ref != DEFAULT_REVISION, ref), default=commit.commit_hash)
             size = commit.size_on_disk + (partial if lacks else 0)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from nemotron_h.checkpoint.names import EMBEDDING, HEAD
-from nemotron_h.checkpoint.save import CONFIG, FLOAT_NAMES, FLOATS, stored_dtype
+from nemotron_h.checkpoint.save import FLOAT_NAMES, FLOATS, stored_dtype
 from nemotron_h.checkpoint.weights import Weights
 from nemotron_h.config.cost import parameters
-from nemotron_h.config.keys import shown
+from nemotron_h.config.keys import CONFIG_FILE, shown
 from nemotron_h.config.model import ModelConfig
 from nemotron_h.config.published import read_config
 from nemotron_h.config.quantization import read_quantization
@@ -37,7 +37,7 @@ def load(
     Raises: CheckpointError naming the file or tensor; ConfigError or UnsupportedError naming the key of config.json.
     """
     folder = checkpoint_folder(folder)
-    config = read_config(folder / CONFIG)
+    config = read_config(folder / CONFIG_FILE)
     quantised = read_quantization(folder)
     weights = Weights(folder)
     check_size(config, weights)
@@ -100,12 +100,12 @@ def check_size(config: ModelConfig, weights: Weights) -> None:
     count, names = sum(parameters(config).values()), len(weights.names)
     if len(config.layers) > names:
         raise CheckpointError(
-            f"{weights.folder / CONFIG}: describes {len(config.layers):,} layers; got {names} tensors"
+            f"{weights.folder / CONFIG_FILE}: describes {len(config.layers):,} layers; got {names} tensors"
         )
     if count > 2 * weights.size_bytes:  # no format takes less than half a byte a weight
         raise CheckpointError(
-            f"{weights.folder / CONFIG}: describes {count:,} weights; the files have {weights.size_bytes:,} bytes, "
-            "too few for them; was the last shard copied?"
+            f"{weights.folder / CONFIG_FILE}: describes {count:,} weights; the files have {weights.size_bytes:,} "
+            "bytes, too few for them; was the last shard copied?"
         )
 
 

@@ -1,4 +1,5 @@
-"""What a tensor is called on disk: the published names, which are the model's own, and transformers' for the same.
+"""What the weights are called on disk: their files, and each tensor by the published names, which are the model's own,
+or by transformers' for the same.
 
 backbone.layers.7.mixer.q_proj.weight      NVIDIA's files, and what transformers' save_pretrained writes
 model.layers.7.mixer.q_proj.weight         transformers' modules
@@ -10,6 +11,7 @@ from nemotron_h.config.keys import shown
 from nemotron_h.config.published import Dialect
 from nemotron_h.errors import CheckpointError
 
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 PREFIXES = {Dialect.PUBLISHED: "backbone.", Dialect.TRANSFORMERS: "model."}
 EMBEDDING, HEAD = "backbone.embeddings.weight", "lm_head.weight"
 

@@ -13,14 +13,13 @@ from torch import Tensor
 
 from nemotron_h.checkpoint.companions import Companions, write_companions
 from nemotron_h.checkpoint.files import new_folder
-from nemotron_h.checkpoint.names import HEAD, stored_name
-from nemotron_h.checkpoint.weights import INDEX, WEIGHTS
+from nemotron_h.checkpoint.names import HEAD, INDEX_FILE, WEIGHTS_FILE, stored_name
+from nemotron_h.config.keys import CONFIG_FILE
 from nemotron_h.config.published import Dialect, write_config
 from nemotron_h.errors import CheckpointError
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.text.tokenizer import Tokenizer, check_fits
 
-CONFIG = "config.json"
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 FLOAT_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
 KEPT_FLOAT32 = ("A_log", "D", "dt_bias")
@@ -74,13 +73,13 @@ def write_model(
     if model.config.tied_embeddings:
         parameters[HEAD] = parameters[HEAD].clone()  # safetensors refuses memory with two names
     files = shards({stored_name(name, dialect): p for name, p in parameters.items()}, dtype, shard_bytes)
-    write_config(model.config, folder / CONFIG, dtype=str(dtype).removeprefix("torch."), dialect=dialect)
+    write_config(model.config, folder / CONFIG_FILE, dtype=str(dtype).removeprefix("torch."), dialect=dialect)
     if tokenizer is not None:
         check_fits(tokenizer, model.config.vocab_size)
         tokenizer.save(folder)
     write_companions(companions, folder, config=model.config, tokenizer=tokenizer, made_by=made_by)
     if len(files) == 1:
-        write_shard(files[0], folder / WEIGHTS, dtype)
+        write_shard(files[0], folder / WEIGHTS_FILE, dtype)
         return
     index: dict[str, str] = {}
     for number, shard in enumerate(files, 1):
@@ -88,7 +87,7 @@ def write_model(
         write_shard(shard, folder / name, dtype)
         index |= dict.fromkeys(shard, name)
     content = {"metadata": {"total_size": size_bytes(model, dtype)}, "weight_map": index}
-    (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / INDEX_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def size_bytes(model: Hybrid, dtype: torch.dtype) -> int:

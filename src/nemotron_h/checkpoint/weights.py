@@ -10,11 +10,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nemotron_h.checkpoint.names import published_names
+from nemotron_h.checkpoint.names import INDEX_FILE, WEIGHTS_FILE, published_names
 from nemotron_h.config.keys import read_object, short, shown
 from nemotron_h.errors import CheckpointError
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 LONGEST = 255  # bytes of a file's name
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -55,23 +54,23 @@ class Weights:
 
 def weight_files(folder: Path) -> dict[str, str]:
     """Which file of the folder holds each tensor, by its stored name."""
-    if (folder / INDEX).exists():
-        return _read_index(folder / INDEX)
-    if not (folder / WEIGHTS).exists():
+    if (folder / INDEX_FILE).exists():
+        return _read_index(folder / INDEX_FILE)
+    if not (folder / WEIGHTS_FILE).exists():
         others = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         hint = (
             f"{others[0]} is a pickle, which is never loaded; convert it" if others else "is this a checkpoint folder?"
         )
-        raise CheckpointError(f"{folder}: must hold {WEIGHTS} or {INDEX}; got neither; {hint}")
-    return dict.fromkeys(opened(folder / WEIGHTS).keys(), WEIGHTS)
+        raise CheckpointError(f"{folder}: must hold {WEIGHTS_FILE} or {INDEX_FILE}; got neither; {hint}")
+    return dict.fromkeys(opened(folder / WEIGHTS_FILE).keys(), WEIGHTS_FILE)
 
 
 def check_held(held: set[str], listed: set[str], path: Path) -> None:
     """The index and the files agree on what each file holds."""
     if unlisted := sorted(held - listed):
-        raise CheckpointError(f"{shown(unlisted[0])}: is in {path} but not there by {INDEX}")
+        raise CheckpointError(f"{shown(unlisted[0])}: is in {path} but not there by {INDEX_FILE}")
     if absent := sorted(listed - held):
-        raise CheckpointError(f"{shown(absent[0])}: must be in {path} by {INDEX}; it is not there")
+        raise CheckpointError(f"{shown(absent[0])}: must be in {path} by {INDEX_FILE}; it is not there")
 
 
 def opened(path: Path) -> Any:

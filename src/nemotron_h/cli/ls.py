@@ -41,12 +41,12 @@ def ls(
 
 def checkpoint_row(each: "Held") -> dict[str, Any] | None:
     """A checkpoint of this family as plain values; None: of another."""
-    from nemotron_h.config.keys import read_object
+    from nemotron_h.config.keys import CONFIG_FILE, read_object
     from nemotron_h.config.published import MODEL_TYPE, ROPE_MODEL_TYPE
     from nemotron_h.errors import CheckpointError
 
     try:
-        config = read_object(each.folder / "config.json")
+        config = read_object(each.folder / CONFIG_FILE)
     except CheckpointError:
         return None
     if config.get("model_type") not in (MODEL_TYPE, ROPE_MODEL_TYPE):

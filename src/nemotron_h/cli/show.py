@@ -45,13 +45,14 @@ def show(
 def model_config(model: str) -> "ModelConfig":
     """A preset's config, or that of a config.json, a checkpoint folder, or a name on the Hub."""
     from nemotron_h.cli.pull import folder_of
+    from nemotron_h.config.keys import CONFIG_FILE
     from nemotron_h.config.presets import PRESETS, preset
     from nemotron_h.config.published import read_config
 
     if model in PRESETS or ("/" not in model and not Path(model).exists()):
         return preset(model)
     path = folder_of(model, weights=False)
-    return read_config(path / "config.json" if path.is_dir() else path)
+    return read_config(path / CONFIG_FILE if path.is_dir() else path)
 
 
 def machine_facts() -> dict[str, Any]:

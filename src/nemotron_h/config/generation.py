@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemotron_h.config.keys import Keys, read_object, short
+from nemotron_h.config.keys import CONFIG_FILE, Keys, read_object, short
 from nemotron_h.config.sampling import Sampling
 from nemotron_h.errors import CheckpointError, ConfigError, UnsupportedError
 
@@ -103,7 +103,7 @@ def read_generation(folder: Path) -> Generation:
     """What the files of a checkpoint folder say. Raises: CheckpointError or ConfigError naming the file."""
     path = folder / GENERATION_FILE
     values = read_object(path) if path.exists() else {}
-    older = read_object(folder / "config.json")
+    older = read_object(folder / CONFIG_FILE)
     values = {key: older[key] for key in STEERING if key in older} | values
     keys = Keys(values)
     try:

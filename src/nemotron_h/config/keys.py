@@ -12,6 +12,7 @@ from typing import Any
 
 from nemotron_h.errors import CheckpointError, ConfigError
 
+CONFIG_FILE = "config.json"
 MOST_BYTES = 2**24  # of a JSON file; the index of a 56B has 100 kB
 INT32 = range(-(2**31), 2**31)
 BRIEF = reprlib.Repr()  # goes no further into lists than it shows: one that holds itself ten times over may be endless

@@ -126,7 +126,7 @@ def from_published(values: Mapping[str, Any]) -> ModelConfig:
     keys = Keys(values)
     pattern = pattern_of(keys)  # first: what a mixture of experts is refused for is its experts
     for key, allowed in REQUIRED_VALUES.items():
-        if key in values and values[key] not in allowed:
+        if key in values and not any(type(values[key]) is type(one) and values[key] == one for one in allowed):
             raise UnsupportedError(f"{key}: must be {allowed[0]!r}; got {short(values[key])}")
     if keys.integer("num_hidden_layers", len(pattern)) != len(pattern):
         raise ConfigError(f"num_hidden_layers: must be the pattern's {len(pattern)}; got {values['num_hidden_layers']}")

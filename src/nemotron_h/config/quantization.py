@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemotron_h.config.keys import read_object, short
+from nemotron_h.config.keys import CONFIG_FILE, read_object, short
 from nemotron_h.errors import CheckpointError, UnsupportedError
 
 QUANT_FILE = "hf_quant_config.json"
@@ -23,7 +23,7 @@ def read_quantization(folder: Path) -> frozenset[str]:
     Raises: UnsupportedError naming another format; CheckpointError where the files are damaged or disagree.
     """
     found: dict[str, frozenset[str]] = {}
-    own = read_object(folder / "config.json").get("quantization_config")
+    own = read_object(folder / CONFIG_FILE).get("quantization_config")
     if own is not None:
         where = f"{folder / 'config.json'}: quantization_config"
         found[where] = _formats(_table(own, where), where, tool=True)

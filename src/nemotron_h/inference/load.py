@@ -13,10 +13,10 @@ from nemotron_h import machine
 from nemotron_h.checkpoint.companions import Companions, end_ids, read_companions
 from nemotron_h.checkpoint.load import check_size
 from nemotron_h.checkpoint.load import load as load_model
-from nemotron_h.checkpoint.save import CONFIG
 from nemotron_h.checkpoint.save import save as save_model
 from nemotron_h.checkpoint.weights import Weights
 from nemotron_h.config.cost import matrices, weight_bytes
+from nemotron_h.config.keys import CONFIG_FILE
 from nemotron_h.config.model import ModelConfig
 from nemotron_h.config.published import Dialect, read_config
 from nemotron_h.config.sampling import Sampling
@@ -262,7 +262,7 @@ def chosen_precision(asked: str, device: torch.device) -> str:
 
 def check_memory(folder: Path, precision: str, device: torch.device) -> None:
     """Refuse what cannot fit before it is read. Raises: CapacityError with both numbers."""
-    config = read_config(folder / CONFIG)
+    config = read_config(folder / CONFIG_FILE)
     check_size(config, Weights(folder))  # of what the files cannot hold, no memory is needed
     needed = {name: needed_bytes(config, name) for name in PRECISIONS}
     if device.type == "cuda":

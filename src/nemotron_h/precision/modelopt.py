@@ -53,9 +53,13 @@ def decode(name: str, parts: Mapping[str, Tensor], shape: torch.Size, dtype: tor
     if not (scale.isfinite().all() and (scale >= 0).all()):
         raise CheckpointError(f"{stem}{global_part}: must be finite and not negative; got {scale.item()}")
     if quantised == "FP8":
-        return decode_fp8(parts[WEIGHT], scale.squeeze(), dtype)
-    check(stem + SCALE, parts[SCALE], (rows, columns // BLOCK), torch.float8_e4m3fn)
-    return decode_nvfp4(parts[WEIGHT], parts[SCALE], scale.squeeze(), dtype)
+        out = decode_fp8(parts[WEIGHT], scale.squeeze(), dtype)
+    else:
+        check(stem + SCALE, parts[SCALE], (rows, columns // BLOCK), torch.float8_e4m3fn)
+        out = decode_nvfp4(parts[WEIGHT], parts[SCALE], scale.squeeze(), dtype)
+    if not all(some.isfinite().all() for some in _portions(out)):
+        raise CheckpointError(f"{name}: must hold finite numbers; its {quantised} codes and scales give others")
+    return out
 
 
 def check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

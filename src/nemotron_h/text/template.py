@@ -22,9 +22,8 @@ from nemotron_h.text.marked import REPLY, WRITTEN, MarkedText
 from nemotron_h.text.messages import checked_json, checked_messages, checked_tools
 from nemotron_h.text.render import MessagesError, Program
 from nemotron_h.text.syntax import RefusedError
-from nemotron_h.text.tokenizer import TOKENIZER_FILE, Tokenizer
+from nemotron_h.text.tokenizer import TEMPLATE_FILE, TOKENIZER_FILE, Tokenizer
 
-TEMPLATE_FILE = "chat_template.jinja"
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 ARGUMENTS = frozenset(["messages", "tools", "add_generation_prompt"])
 IS_REPLY = bytes(bool(mark & REPLY) for mark in range(256))

@@ -23,6 +23,7 @@ from nemotron_h.files import replacing
 
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
 AT_ONCE = 256  # texts in one call of the library, whose results take many times the memory of their ids
 MAX_ID = 2**31 - 1  # shards and models keep ids in int32
 UNK, BOS, EOS = CONTROL_NAMES
