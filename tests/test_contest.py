@@ -1,6 +1,6 @@
 """Contestants of the benchmarks: processes that take turns, asked one question at a time."""
 
-import sys
+import importlib.util
 from pathlib import Path
 from types import ModuleType
 
@@ -26,12 +26,13 @@ serve({{"version": sys.argv[2]}}, {{"count": count, "leave": leave}})
 
 
 @pytest.fixture
-def contest(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.delitem(sys.modules, "contest", raising=False)
-    import contest
-
-    return contest
+def contest() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("contest", BENCHMARKS / "contest.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_they_take_turns_and_the_first_round_does_not_count(contest: ModuleType, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def number(*paths: Path) -> int | None:
 
 def keep_freed_memory() -> None:
     """Let this process keep what torch frees, up to a gigabyte; glibc gives it back, and to get fresh pages for each
-    temporary costs a training step a tenth of its time. The command does this; a program of your own may."""
+    temporary costs a training step time. The command does this; a program of your own may."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         trim_threshold, mmap_threshold = -1, -3  # of malloc.h

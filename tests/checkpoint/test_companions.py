@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nemotron_h.checkpoint.companions import TEMPLATE_FILE, Companions, end_ids, read_companions
+from nemotron_h.checkpoint.companions import Companions, end_ids, read_companions
 from nemotron_h.checkpoint.save import save
 from nemotron_h.config.generation import GENERATION_FILE, Generation
 from nemotron_h.config.model import ModelConfig
@@ -17,7 +17,7 @@ from nemotron_h.errors import CheckpointError, ConfigError
 from nemotron_h.inference.load import load
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.text.bpe import train
-from nemotron_h.text.tokenizer import Tokenizer
+from nemotron_h.text.tokenizer import TEMPLATE_FILE, Tokenizer
 
 Build = Callable[..., Hybrid]
 JINJA = "{{ '<SPECIAL_10>System\\n' }}\r\n{%- for message in messages %} ü {% endfor %}"

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +13,7 @@ def test_a_containers_share_of_the_cores_is_taken(
     monkeypatch: pytest.MonkeyPatch, threads: Callable[[int], None]
 ) -> None:
     threads(3)
+    monkeypatch.setattr(machine, "keep_freed_memory", lambda: None)  # it would last for the tests to come
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(machine, "cores", lambda: 8)
     settle()
@@ -22,3 +25,24 @@ def test_a_containers_share_of_the_cores_is_taken(
     monkeypatch.delenv("OMP_NUM_THREADS")
     settle()
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_what_is_freed_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(machine, "keep_freed_memory", lambda: asked.append(True))
+    settle()
+    assert asked == [True]
+    done = subprocess.run([sys.executable, "-c", TAKEN], capture_output=True, text=True, check=True)
+    assert done.stdout == "[1, 1]\n"  # glibc took both settings
+
+
+TAKEN = """
+import ctypes
+from types import SimpleNamespace
+from nemotron_h import machine
+real, taken = ctypes.CDLL(None).mallopt, []
+machine.ctypes = SimpleNamespace(CDLL=lambda _: SimpleNamespace(mallopt=lambda *given: taken.append(real(*given))))
+machine.keep_freed_memory()
+print(taken)
+"""

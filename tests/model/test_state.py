@@ -1,6 +1,7 @@
 """One arithmetic: logits and states have the same bits however a prompt is cut and whoever is computed beside it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise, product
@@ -14,8 +15,11 @@ from torch import Tensor
 from nemotron_h.config import cost
 from nemotron_h.config.presets import PRESETS
 from nemotron_h.errors import ShapeError
+from nemotron_h.model.attention import Attention
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.model.init import initialise
+from nemotron_h.model.mamba import Mamba
+from nemotron_h.model.mlp import Mlp
 from nemotron_h.model.state import AttentionState, MambaState, State
 from nemotron_h.ops.segments import Segments
 from tests.model.shapes import FAMILY, attention, mamba, model, random_tokens, scaled
@@ -69,6 +73,12 @@ def check_cuts(name: str, dtype: torch.dtype, length: int, cuts: Sequence[int]) 
     assert_same_state(cut_state, 0, state)
 
 
+def test_rows_are_wanted_by_the_grids_multiple() -> None:
+    net = model("8b")
+    with pytest.raises(ShapeError, match=r"^rows: must be a multiple of 4, .*; got 3$"):
+        net.hidden(random_tokens(8, seed=0), Segments((0,), (8,)), rows=torch.arange(3))
+
+
 def check_batch(name: str, dtype: torch.dtype, calls: Sequence[Sequence[int]]) -> None:
     """calls: of each call, the tokens each sequence is given."""
     net, totals = model(name, dtype), [sum(column) for column in zip(*calls, strict=True)]
@@ -91,6 +101,17 @@ ragged_calls = st.integers(1, 5).flatmap(
 )
 
 
+@contextmanager
+def projected_rows(net: Hybrid) -> Iterator[list[int]]:
+    """How many rows the last layer's last product is given, call by call."""
+    mixer, seen = net.layers[-1].mixer, list[int]()
+    outs = {Mlp: "down_proj", Attention: "o_proj", Mamba: "out_proj"}
+    product = getattr(mixer, outs[type(mixer)])
+    hook = product.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    yield seen
+    hook.remove()
+
+
 @pytest.mark.parametrize("pattern", ["M-*-M-", "M-M*", "--", "*-M"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_not_wanted_changes_nothing_of_the_rest(pattern: str, dtype: torch.dtype) -> None:
@@ -106,7 +127,9 @@ def test_what_is_not_wanted_changes_nothing_of_the_rest(pattern: str, dtype: tor
             tokens = random_tokens(sum(lengths), seed=lengths[0])
             rows = torch.arange(segments.rows - 4, segments.rows)
             want = net.hidden(tokens, segments, whole)[rows]
-            assert torch.equal(net.hidden(tokens, segments, part, rows), want)
+            with projected_rows(net) as seen:
+                assert torch.equal(net.hidden(tokens, segments, part, rows), want)
+            assert seen == [4]
             for index in range(2):
                 assert_same_state(part, index, whole, index)
 

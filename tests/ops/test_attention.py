@@ -103,10 +103,12 @@ def test_a_query_alone_has_the_bits_of_the_whole(dtype: torch.dtype, heads: int,
 @pytest.mark.parametrize("width", [8, 15, 24, 64, 80, 128])
 @pytest.mark.parametrize("by_pairs", [False, True])
 def test_bfloat16_by_pairs_and_without(*, by_pairs: bool, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
     if by_pairs and not attention.ADDS_PAIRS:
         pytest.skip("this CPU does not add products of pairs")
     monkeypatch.setattr(attention, "ADDS_PAIRS", by_pairs)
-    q, k, v = (torch.randn(300, heads, width, generator=seeded(heads)).bfloat16() for heads in (F, KV, KV))
+    generator = seeded(width)
+    q, k, v = (torch.randn(300, heads, width, generator=generator).bfloat16() for heads in (F, KV, KV))
     (whole,) = by_pages([(q, k, v)], [0])
     assert_near(whole, attention_definition(q.double(), k.double(), v.double()), ROUNDING[torch.bfloat16])
     for place in (0, 1, 62, 63, 64, 255, 256, 299):
@@ -120,10 +122,24 @@ def test_what_is_not_finite_stays_with_the_queries_that_see_it(dtype: torch.dtyp
     pytest.importorskip("numba")  # the torch form multiplies weights of zero too
     q, k, v = random(300, seed=9, dtype=dtype)
     (want,) = by_pages([(q, k, v)], [0])
-    v[place] = torch.nan
-    (got,) = by_pages([(q, k, v)], [0])
-    assert torch.equal(got[:place], want[:place])
-    assert got[place:].isnan().all()
+    for poisoned in (k, v):
+        clean = poisoned[place].clone()
+        poisoned[place] = torch.nan
+        (got,) = by_pages([(q, k, v)], [0])
+        assert torch.equal(got[:place], want[:place])
+        assert got[place:].isnan().all()
+        poisoned[place] = clean
+
+
+def test_queries_may_lie_in_any_order() -> None:
+    q, k, v = random(70, seed=10, dtype=torch.bfloat16)
+    (want,) = by_pages([(q, k, v)], [0])
+    turned = torch.empty(D, F, 72, dtype=torch.bfloat16).permute(2, 1, 0)
+    turned[:70] = q
+    segments = Segments((0,), (70,))
+    keys, values, table = in_pages([(k.nan_to_num(), v)])
+    out = attention_paged(turned, keys.nan_to_num(), values.nan_to_num(), segments, table)
+    assert torch.equal(out[:70], want)
 
 
 @pytest.mark.parametrize("place", [0, 1, 255, 256, 299])

@@ -139,7 +139,9 @@ def test_what_a_packed_matrix_cannot_take_is_refused() -> None:
                 way(x)
 
 
-@pytest.mark.parametrize("told", [{"NUMBA_CPU_NAME": "generic"}, {"NUMBA_CPU_FEATURES": "+fma,+avx2"}])
+@pytest.mark.parametrize(
+    "told", [{"NUMBA_CPU_NAME": "generic"}, {"NUMBA_CPU_FEATURES": "+fma,+avx2"}, {"NUMBA_ENABLE_AVX": "0"}]
+)
 def test_where_kernels_are_compiled_for_another_cpu_onednn_does_it_all(told: dict[str, str]) -> None:
     pytest.importorskip("numba")
     program = (

@@ -177,7 +177,10 @@ def test_a_part_that_does_not_fit_is_named(parts: dict[str, Tensor | None], mess
 
 @pytest.mark.parametrize("place", [(0, 0), (3, 1)])
 def test_codes_and_scales_that_are_no_numbers_are_refused(place: tuple[int, int]) -> None:
-    shape, rule = torch.Size((4, 32)), r"^layer\.weight: must hold finite numbers; its {} codes and scales give others$"
+    shape, rule = (
+        torch.Size((4, 32)),
+        r"^layer\.weight: must hold finite numbers of torch\.bfloat16; its {} codes give others$",
+    )
     eight, four = fp8(), nvfp4()
     eight["weight"].view(torch.uint8)[place] = 0x7F
     four["weight_scale"].view(torch.uint8)[place] = 0xFF

@@ -25,7 +25,7 @@ def read_quantization(folder: Path) -> frozenset[str]:
     found: dict[str, frozenset[str]] = {}
     own = read_object(folder / CONFIG_FILE).get("quantization_config")
     if own is not None:
-        where = f"{folder / 'config.json'}: quantization_config"
+        where = f"{folder / CONFIG_FILE}: quantization_config"
         found[where] = _formats(_table(own, where), where, tool=True)
     if (folder / QUANT_FILE).exists():
         where = str(folder / QUANT_FILE)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nemotron_h.config.model import AttentionConfig, LayerConfig, MambaConfig, MlpConfig, ModelConfig
 from nemotron_h.errors import ShapeError, UnsupportedError
+from nemotron_h.grid import ROWS
 from nemotron_h.model.attention import Attention
 from nemotron_h.model.linear import Linear
 from nemotron_h.model.mamba import Gain, Mamba, Taps
@@ -76,9 +77,11 @@ class Hybrid(nn.Module):
     ) -> Tensor:
         """What the head reads, (rows, hidden): tokens (segments.tokens,) int64. The state moves on.
 
-        rows (k,) int64, k a multiple of ROWS: of these alone, (k, hidden). What no other row or later call reads of the
-        rest is not computed: all that follows the last layer with a state.
+        rows (k,) int64, k a multiple of ROWS: of these alone, (k, hidden). From the output projection of the last layer
+        in which a row reads others, the rest is not computed.
         """
+        if rows is not None and len(rows) % ROWS:
+            raise ShapeError(f"rows: must be a multiple of {ROWS}, for their bits to be their own; got {len(rows)}")
         x = F.embedding(F.pad(tokens, (0, segments.rows - segments.tokens)), self.backbone.embeddings.weight)
         x = x.to(self.compute_dtype)
         if state is None and any(segments.starts):
@@ -88,8 +91,9 @@ class Hybrid(nn.Module):
                 raise ShapeError("state: must be None where gradients are wanted; got a state; use torch.no_grad()")
             state.enter()
         paging = Paging.of(state.tables, segments) if state is not None else Paging.alone(segments)
+        last = self.last_mixing
         for index, layer in enumerate(self.backbone.layers):
-            wanted = rows if index == self.last_mixing else None
+            wanted = rows if index == last else None
             x = layer(x, segments, state.layers[index] if state is not None else None, paging, wanted)
         if state is not None:
             state.advance(segments)

@@ -84,7 +84,7 @@ def attention_paged(q: Tensor, keys: Tensor, values: Tensor, segments: Segments,
         return attention_paged_torch(q, keys, values, segments, table)
     out = q.new_zeros(rows, heads * width) if rows > segments.tokens else q.new_empty(rows, heads * width)
     pieces = segments.pieces
-    attend, queries = jit.attend, array(q.reshape(rows, heads * width))
+    attend, queries = jit.attend, array(q.reshape(rows, heads * width).contiguous())
     if ADDS_PAIRS and q.dtype == torch.bfloat16 and width % 2 == 0:
         attend, queries = jit.attend_pairs, queries.view(np.uint32)
     attend(

@@ -20,7 +20,7 @@ from nemotron_h.ops.jit.scalars import array, runs
 from nemotron_h.ops.shapes import expect, first_order
 
 PIECE_BYTES = 192 * 2**20  # of logits at a time, were they float32
-PIECE_ROWS = 512  # at most: with a small vocabulary, a piece's logits stay in cache
+PIECE_ROWS = 1024  # at most: with a small vocabulary, a piece's logits stay in cache
 SLICE_WEIGHTS = 2**24  # of the head at a time
 IGNORED = -100  # a target that counts for nothing
 

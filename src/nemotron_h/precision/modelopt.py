@@ -31,7 +31,8 @@ def format_of(codes: Tensor) -> str | None:
 def decode(name: str, parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """The weight of that name and shape (N, K), from its PARTS, in dtype, a plain float.
 
-    Raises: CheckpointError naming the part that is missing or not as the format has it.
+    Raises: CheckpointError naming the part that is missing or not as the format has it, or the weight where a number
+    is none, or too large for dtype.
     """
     quantised = format_of(parts[WEIGHT])
     if len(shape) != 2:
@@ -58,7 +59,7 @@ def decode(name: str, parts: Mapping[str, Tensor], shape: torch.Size, dtype: tor
         check(stem + SCALE, parts[SCALE], (rows, columns // BLOCK), torch.float8_e4m3fn)
         out = decode_nvfp4(parts[WEIGHT], parts[SCALE], scale.squeeze(), dtype)
     if not all(some.isfinite().all() for some in _portions(out)):
-        raise CheckpointError(f"{name}: must hold finite numbers; its {quantised} codes and scales give others")
+        raise CheckpointError(f"{name}: must hold finite numbers of {dtype}; its {quantised} codes give others")
     return out
 
 

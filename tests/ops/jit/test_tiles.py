@@ -2,8 +2,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from nemotron_h.ops.jit import tiles
+from nemotron_h.ops.jit.pairs import ADDS_PAIRS, load_pairs
+from nemotron_h.ops.jit.scalars import array
 
 numba = pytest.importorskip("numba")
 
@@ -18,6 +21,11 @@ def product(
 @numba.njit(error_model="numpy")
 def turned_product(out: Any, factors: Any, rows: Any) -> None:
     tiles.add_product(out, 0, out.shape[0], out.shape[1], factors.T, 0, rows, 0, rows.shape[0])
+
+
+@numba.njit(error_model="numpy")
+def pairs_of(words: Any, rows: Any) -> None:
+    load_pairs(words, rows, 0, 0, words.shape[0], words.shape[1])
 
 
 @numba.njit(error_model="numpy")
@@ -40,6 +48,24 @@ def test_products_equal_numpys(height: int, width: int) -> None:
     got = np.zeros_like(out)
     turned_product(got, normal(20, height), normal(20, width))
     assert np.allclose(got, normal(20, height).T @ normal(20, width), rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not ADDS_PAIRS, reason="this CPU does not add the products of pairs")
+@pytest.mark.parametrize("width", [1, 16, 17, 64, 83])
+@pytest.mark.parametrize("height", [1, 4, 7])
+def test_products_of_pairs_equal_torchs(height: int, width: int) -> None:
+    factors, rows = (torch.from_numpy(t).bfloat16() for t in (normal(height, 34), normal(34, width)))
+    words = np.empty((17, width), np.uint32)
+    pairs_of(words, array(rows))
+    out = normal(height, width)
+    got = out.copy()
+    product(got, 0, height, width, array(factors).view(np.uint32), 1, words, 1, 16)
+    want = torch.from_numpy(out).double() + factors[:, 2:].double() @ rows[2:].double()
+    assert np.allclose(got, want.numpy(), rtol=0, atol=2e-5)
+    for i in range(height):
+        alone = out[i : i + 1].copy()
+        product(alone, 0, 1, width, array(factors)[i : i + 1].view(np.uint32), 1, words, 1, 16)
+        assert np.array_equal(alone[0], got[i])
 
 
 def test_only_the_rows_and_columns_asked_for_are_touched() -> None:

@@ -5,8 +5,8 @@ keys stand turned, one row a channel. A task is one key head and one piece of qu
 heads that read that key head are rows of one product. A row's numbers depend on its own place alone: blocks come in
 order, each element of a product is one chain of sums.
 
-In bfloat16, a CPU that can takes channels, and then keys, by pairs (`pairs.py`), at twice the rate: the scores are as
-exact as before, the weights are rounded to bfloat16.
+In bfloat16, a CPU that can takes channels, and then keys, by pairs (`pairs.py`), the products at twice the rate: the
+scores are as exact as before; the weights are rounded to bfloat16, but that of a last key without a pair.
 """
 
 from typing import Any
@@ -16,8 +16,8 @@ import numpy as np
 from nemotron_h.ops.jit.kernels import kernel
 from nemotron_h.ops.jit.lanes import top, total
 from nemotron_h.ops.jit.pairs import load_pairs
-from nemotron_h.ops.jit.scalars import LANES, compile_once, exp, f, piece, read, write
-from nemotron_h.ops.jit.tiles import HEIGHT, add_product, load_rows, store_rows
+from nemotron_h.ops.jit.scalars import LANES, compile_once, exp, f, piece, read, to_bfloat16, write
+from nemotron_h.ops.jit.tiles import HEIGHT, add_product, load_rows
 
 
 @kernel(1)
@@ -75,6 +75,7 @@ def attend_pairs(
     group, most = q.shape[1] * 2 // d // heads, max(counts) * (q.shape[1] * 2 // d // heads)
     queries, scores = np.empty((most, d // 2), np.uint32), np.empty((most, size), np.float32)
     weights = np.empty((most, size // 2), np.uint32)
+    halves = weights.view(np.uint16)
     block_keys, block_values = np.empty((d // 2, size), np.uint32), np.empty((size // 2, d), np.uint32)
     attended, seen = np.empty((most, d), np.float32), np.empty(most, np.int64)
     tops, sums = np.empty(most, np.float32), np.empty(most, np.float32)
@@ -101,11 +102,12 @@ def attend_pairs(
                 score(scores, i, end, width, queries, block_keys)
                 for k in range(i, end):
                     weigh(scores[k], scale, seen[k], width, tops, sums, k, attended[k])
-                    store_rows(weights.view(np.uint16), k, 0, scores[k : k + 1, :width], 1)
+                    narrow(halves[k], scores[k], width)
                 common = seen[i] // 2
                 add_product(attended, i, end, d, weights, 0, block_values, 0, common)
-                for k in range(i, end):
+                for k in range(i + 1, end):
                     add_product(attended, k, k + 1, d, weights, common, block_values, common, seen[k] // 2 - common)
+                for k in range(i, end):
                     if seen[k] % 2:  # its last key has no pair yet: what lies later is not even read
                         last = seen[k] - 1
                         for c in range(d):
@@ -114,6 +116,14 @@ def attend_pairs(
             column = (head * group + i % group) * d
             for c in range(d):
                 write(out, row + i // group, column + c, attended[i, c] / sums[i])
+
+
+@piece
+def narrow(halves, row, width):  # type: ignore[no-untyped-def]
+    """The first numbers of a row as bfloat16 bits."""
+    compile_once()
+    for j in range(width):
+        halves[j] = to_bfloat16(row[j])
 
 
 @piece

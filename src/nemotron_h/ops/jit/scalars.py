@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FEATURES: dict[str, bool] = {}  # what the code that numba makes may use
+FEATURES: dict[str, bool] = {}  # of this CPU, those that code made by numba may use
 MISSING = ""  # what keeps kernels from running here
 try:
     import llvmlite.binding
@@ -22,8 +22,8 @@ try:
     from numba import types
     from numba.extending import intrinsic, overload
 
-    # told to compile for another CPU than this one, LLVM ends the process over an instruction that the other has not
-    if not (numba.config.CPU_NAME or numba.config.CPU_FEATURES):
+    # told to compile for another CPU than this one, or without AVX, LLVM ends the process over what that has not
+    if numba.config.ENABLE_AVX and not (numba.config.CPU_NAME or numba.config.CPU_FEATURES):
         FEATURES = dict(llvmlite.binding.get_host_cpu_features())
     if numba.config.DISABLE_JIT:
         MISSING = "NUMBA_DISABLE_JIT is set"
