@@ -90,6 +90,11 @@ def number(*paths: Path) -> int | None:
     return next((int(content) for path in paths if (content := text(path)).isdigit()), None)
 
 
+def cache_folder() -> Path:
+    """Where what was measured on this machine is kept, where the caller names no other folder."""
+    return Path.home() / ".cache" / "nemotron_h"
+
+
 def keep_freed_memory() -> None:
     """Let this process keep what torch frees, up to a gigabyte; glibc gives it back, and to get fresh pages for each
     temporary costs a training step time. The command does this; a program of your own may."""

@@ -47,7 +47,7 @@ def test_a_reader_that_leaves_ends_the_stream(checkpoint: Path) -> None:
 
 def test_text_as_it_comes_and_as_json(command: Command, folder: Path, tmp_path: Path) -> None:
     options = ["--max-tokens", 30, "--temperature", 0.8, "--seed", 4, "--ignore-end"]
-    text = load(folder).generate("def f", max_tokens=30, temperature=0.8, seed=4, ignore_end=True)
+    text = load(folder).generate("def f", max_tokens=30, temperature=0.8, seed=5, ignore_end=True)
     assert text
     assert command("generate", folder, "def f", *options).out == text + "\n"
     assert json.loads(command("generate", folder, "def f", "--json", *options).out) == {"text": text}
@@ -66,13 +66,13 @@ def test_the_checkpoints_defaults_are_taken_where_no_option_is_given(command: Co
     language, tail = load(folder), ["--max-tokens", 20, "--seed", 4, "--ignore-end", "--json"]
 
     def text(**options: Any) -> dict[str, str]:
-        sampling = Sampling(seed=4, **options)
+        sampling = Sampling(seed=5, **options)
         pieces = language.stream("def f", max_tokens=20, sampling=sampling, ignore_end=True)
         return {"text": "".join(pieces)}
 
     by_default = text(temperature=0.9, top_k=20, top_p=0.9)
     assert json.loads(command("generate", folder, "def f", *tail).out) == by_default
-    assert by_default["text"] == language.generate("def f", max_tokens=20, seed=4, ignore_end=True)
+    assert by_default["text"] == language.generate("def f", max_tokens=20, seed=5, ignore_end=True)
     others = [text(temperature=0.9, top_k=3, top_p=0.9), text(), text(temperature=0.9)]
     assert by_default not in others
     assert json.loads(command("generate", folder, "def f", "--top-k", 3, *tail).out) == others[0]
@@ -83,9 +83,9 @@ def test_the_checkpoints_defaults_are_taken_where_no_option_is_given(command: Co
 
 
 def test_a_default_that_cannot_be_honoured_tells_what_to_do(command: Command, folder: Path) -> None:
-    (folder / "generation_config.json").write_text('{"repetition_penalty": 1.2}')
+    (folder / "generation_config.json").write_text('{"no_repeat_ngram_size": 3}')
     assert command("generate", folder, "x").line == (
-        "generation_config.json: repetition_penalty is not supported; got 1.2; draw without the checkpoint's defaults: "
+        "generation_config.json: no_repeat_ngram_size is not supported; got 3; draw without the checkpoint's defaults: "
         "--ignore-defaults, or sampling=Sampling(...)"
     )
     assert command("generate", folder, "x", "--ignore-defaults", "--max-tokens", 2).code == 0

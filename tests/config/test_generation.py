@@ -60,18 +60,46 @@ def test_do_sample_alone_draws_from_the_model_as_it_is(tmp_path: Path) -> None:
 
 def test_config_json_is_asked_where_the_file_is_silent(tmp_path: Path) -> None:
     older = {"do_sample": True, "temperature": 0.9, "top_k": 7, "repetition_penalty": 1.1, "eos_token_id": 5}
-    generation = read(tmp_path, {"temperature": 0.5, "repetition_penalty": 1.0}, older)
-    assert generation.sampling() == Sampling(temperature=0.5, top_k=7)
+    generation = read(
+        tmp_path, {"temperature": 0.5, "repetition_penalty": 1.0, "num_beams": None}, older | {"min_p": 0.1}
+    )
+    assert generation.sampling() == Sampling(temperature=0.5, top_k=7, min_p=0.1)
     assert generation.end_ids == ()  # config.json's own are the model's: asked after these
+
+
+OPTIONS = {
+    "top_k": 40,
+    "top_p": 0.9,
+    "min_p": 0.05,
+    "repetition_penalty": 1.1,
+    "presence_penalty": 0.5,
+    "frequency_penalty": -0.25,
+}
+
+
+@pytest.mark.parametrize(("name", "value"), OPTIONS.items())
+def test_each_default_is_honoured_kept_and_overruled(name: str, value: float, tmp_path: Path) -> None:
+    generation = read(tmp_path, {"do_sample": True, "temperature": 0.6, name: value})
+    assert generation.sampling(seed=3) == Sampling(temperature=0.6, seed=3, **{name: value})
+    neutral = getattr(Sampling(), name)
+    assert generation.sampling(**{name: neutral}) == Sampling(temperature=0.6)
+    assert Generation().sampling(**{name: value}) == Sampling(**{name: value})
+    write_generation(generation, tmp_path / GENERATION_FILE)
+    assert read_generation(tmp_path) == generation
+    assert json.loads((tmp_path / GENERATION_FILE).read_text())[name] == value
+
+
+def test_penalties_count_where_nothing_is_drawn_too(tmp_path: Path) -> None:
+    generation = read(tmp_path, {"repetition_penalty": 1.2})
+    assert generation.sampling() == Sampling(repetition_penalty=1.2)
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("repetition_penalty", 1.1),
+        ("encoder_repetition_penalty", 1.1),
         ("no_repeat_ngram_size", 3),
         ("num_beams", 4),
-        ("min_p", 0.05),
         ("typical_p", 0.9),
         ("bad_words_ids", [[5]]),
         ("suppress_tokens", [3]),
@@ -92,7 +120,7 @@ def test_a_default_we_cannot_honour_is_refused_when_it_is_used(key: str, value: 
 
 
 def test_what_steers_draws_alone_does_not_matter_without_them(tmp_path: Path) -> None:
-    generation = read(tmp_path, VALUES | {"min_p": 0.05})
+    generation = read(tmp_path, VALUES | {"typical_p": 0.9})
     assert generation.sampling(temperature=0.0).temperature == 0
 
 
@@ -112,12 +140,28 @@ def test_values_that_change_nothing_pass(tmp_path: Path) -> None:
         ("temperature", "hot", "must be a number; got 'hot'"),
         ("top_k", 0.5, "must be an integer; got 0.5"),
         ("top_p", [1], "must be a number; got [1]"),
+        ("min_p", "low", "must be a number; got 'low'"),
+        ("repetition_penalty", True, "must be a number; got True"),
+        ("presence_penalty", {}, "must be a number; got {}"),
+        ("frequency_penalty", [], "must be a number; got []"),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_damage(key: str, value: Any, rule: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         read(tmp_path, {key: value})
     assert str(caught.value) == f"{tmp_path / GENERATION_FILE}: {key}: {rule}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", -1.0), ("min_p", 1.0), ("repetition_penalty", 0.0), ("presence_penalty", 3.0)],
+)
+def test_whose_value_is_out_of_range_is_said(name: str, value: float, tmp_path: Path) -> None:
+    generation = read(tmp_path, {"do_sample": True, name: value})
+    with pytest.raises(ConfigError, match=rf"^generation_config\.json: {name}: must .*; got {value}$"):
+        generation.sampling()
+    with pytest.raises(ConfigError, match=rf"^{name}: must .*; got {value}$"):
+        generation.sampling(**{name: value})
 
 
 def test_a_value_out_of_range_is_refused_when_it_is_used(tmp_path: Path) -> None:

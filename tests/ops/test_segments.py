@@ -106,6 +106,29 @@ def test_a_batch_is_a_segment_for_each_row() -> None:
     assert len(Segments.of_batch(3, 1)) == 3
 
 
+@given(SHAPES, st.sampled_from([1, 2, 8, 16, 64]))
+def test_a_call_is_padded_to_the_multiple_and_its_chunks_come_back(pairs: list[tuple[int, int]], multiple: int) -> None:
+    starts, lengths = zip(*pairs, strict=True)
+    segments = Segments(starts, lengths, multiple)
+    assert segments.rows % multiple == 0
+    assert 0 <= segments.rows - segments.tokens < multiple
+    assert len(segments.owners) == len(segments.offsets) == segments.rows
+    values = torch.arange(1.0, segments.rows + 1)
+    assert torch.equal(segments.collect(segments.spread(values))[: segments.tokens], values[: segments.tokens])
+
+
+def test_every_way_to_segments_passes_the_multiple_on() -> None:
+    assert Segments((0,), (5,)).multiple == ROWS
+    assert Segments.of_batch(2, 5, multiple=16).rows == 16
+    assert Segments.of_documents(torch.tensor([[0, 0, 1]]), multiple=8).rows == 8
+
+
+@pytest.mark.parametrize("multiple", [0, -4, 3, 128])
+def test_a_multiple_that_does_not_divide_a_chunk_is_refused(multiple: int) -> None:
+    with pytest.raises(ShapeError, match=rf"^multiple: must divide 64; got {multiple}$"):
+        Segments((0,), (1,), multiple)
+
+
 @pytest.mark.parametrize(
     ("starts", "lengths"), [((), ()), ((0,), (1, 1)), ((0,), (0,)), ((-1,), (1,)), ((0, 0), (4, -2))]
 )

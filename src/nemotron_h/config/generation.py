@@ -15,16 +15,14 @@ from nemotron_h.config.sampling import Sampling
 from nemotron_h.errors import CheckpointError, ConfigError, UnsupportedError
 
 GENERATION_FILE = "generation_config.json"
-DRAWS = ("do_sample", "temperature", "top_k", "top_p")
+NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+DRAWS = ("do_sample", "top_k", *NUMBERS)
 OWN = ("eos_token_id", *DRAWS)
 WRITERS = ("transformers_version", "_from_model_config", "_commit_hash")  # about the file, not about generating
 
 # Keys that change which token comes next, and the values that change nothing (null never does).
 ALWAYS: dict[str, tuple[Any, ...]] = {
-    "repetition_penalty": (1,),
     "encoder_repetition_penalty": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
     "no_repeat_ngram_size": (0,),
     "num_beams": (1,),
     "num_beam_groups": (1,),
@@ -47,7 +45,6 @@ ALWAYS: dict[str, tuple[Any, ...]] = {
     "token_healing": (False,),
 }
 WHEN_DRAWN: dict[str, tuple[Any, ...]] = {
-    "min_p": (0,),
     "typical_p": (1,),
     "top_h": (),
     "epsilon_cutoff": (0,),
@@ -65,6 +62,10 @@ class Generation:
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
     others: Mapping[str, Any] = field(default_factory=dict)  # the file's other keys, as they are
 
     def sampling(
@@ -73,11 +74,16 @@ class Generation:
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
         seed: int = 0,
     ) -> Sampling:
         """How tokens are drawn: as the caller says; where that is None, as the checkpoint does; else the likeliest.
 
-        Without do_sample the checkpoint's temperature does not count: that is how its own program reads it.
+        Without do_sample the checkpoint's temperature does not count: that is how its own program reads it. Its
+        penalties count all the same.
         Raises: UnsupportedError where the checkpoint's defaults steer by what we do not do; ConfigError.
         """
         default = (1.0 if self.temperature is None else self.temperature) if self.do_sample else 0.0
@@ -89,11 +95,19 @@ class Generation:
                     f"{GENERATION_FILE}: {key} is not supported; got {short(value)}; draw without the checkpoint's "
                     "defaults: --ignore-defaults, or sampling=Sampling(...)"
                 )
-        said = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        top_k = (self.top_k or 0) if top_k is None else top_k
-        top_p = (1.0 if self.top_p is None else self.top_p) if top_p is None else top_p
+        said: dict[str, Any] = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "presence_penalty": presence_penalty,
+            "frequency_penalty": frequency_penalty,
+        }
+        values = {key: getattr(self, key) if value is None else value for key, value in said.items()}
+        values |= {"temperature": drawn_at, "seed": seed}
         try:
-            return Sampling(temperature=drawn_at, top_k=top_k, top_p=top_p, seed=seed)
+            return Sampling(**{key: value for key, value in values.items() if value is not None})
         except ConfigError as error:
             own = said.get(str(error).partition(":")[0], seed) is None
             raise ConfigError(f"{GENERATION_FILE}: {error}" if own else str(error)) from None
@@ -110,9 +124,8 @@ def read_generation(folder: Path) -> Generation:
         return Generation(
             end_ids=keys.integers("eos_token_id"),
             do_sample=keys.boolean("do_sample", default=False),
-            temperature=keys.number("temperature") if "temperature" in keys else None,
             top_k=keys.integer("top_k") if "top_k" in keys else None,
-            top_p=keys.number("top_p") if "top_p" in keys else None,
+            **{key: keys.number(key) for key in NUMBERS if key in keys},
             others={key: value for key, value in values.items() if key not in (*OWN, *WRITERS)},
         )
     except ConfigError as error:

@@ -12,8 +12,7 @@ import torch
 
 from nemotron_h.config.sampling import Sampling
 from nemotron_h.errors import RequestError
-from nemotron_h.grid import ROWS
-from nemotron_h.inference.sampling import Sampler
+from nemotron_h.inference.sampling import Sampler, drawable
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.model.state import State
 
@@ -34,19 +33,22 @@ def tokens(
     drawn_from: only these ids are drawn; None: all.
     """
     check(model, prompt, max_tokens, drawn_from)
-    return _tokens(model, prompt, max_tokens, Sampler(sampling, drawn_from), frozenset(ends))
+    sampler = Sampler(sampling, prompt=prompt, drawn_from=drawable(drawn_from, model.config.vocab_size))
+    return (token for token, _ in draws(model, prompt, max_tokens, sampler, frozenset(ends)))
 
 
-def _tokens(
-    model: Hybrid, prompt: Sequence[int], max_tokens: int, sampler: Sampler, ends: frozenset[int]
-) -> Iterator[int]:
+def draws(
+    model: Hybrid, prompt: Sequence[int], max_tokens: int, sampler: Sampler, ends: Collection[int]
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each new token, and the logits (vocab,) that it was drawn from."""
     state = model.empty_state(1)
     unread = list(prompt)
     for _ in range(max_tokens):
-        token = sampler.draw(next_logits(model, unread, state))
+        logits = next_logits(model, unread, state)
+        token = sampler.draw(logits)
         if token in ends:
             return
-        yield token
+        yield token, logits
         unread = [token]
 
 
@@ -55,12 +57,11 @@ def next_logits(model: Hybrid, unread: Sequence[int], state: State) -> torch.Ten
     """Logits (vocab,) after reading more tokens, in portions."""
     ids = torch.tensor(unread, dtype=torch.int64, device=model.head_weight.device)
     for portion in ids.split(PORTION):
-        segments = state.segments([len(portion)])
-        # the last token's rows of ROWS, since a product of one row has other bits
-        last = segments.last_rows[0]
-        rows = torch.arange(last - last % ROWS, last - last % ROWS + ROWS, device=ids.device)
+        segments = state.segments([len(portion)], model.row_multiple)
+        # so many times the last row, since the product of one alone has other bits
+        rows = torch.tensor(segments.last_rows * model.row_multiple, device=ids.device)
         hidden = model.hidden(portion, segments, state, rows)
-    return model.logits(hidden)[last % ROWS]
+    return model.logits(hidden)[0]
 
 
 @torch.no_grad()
@@ -75,7 +76,8 @@ def recomputed(
 ) -> list[int]:
     """The same tokens from the whole sequence, read anew for each: what every faster way must equal."""
     check(model, prompt, max_tokens, drawn_from)
-    sampler, ids, ends = Sampler(sampling, drawn_from), list(prompt), frozenset(ends)
+    sampler = Sampler(sampling, prompt=prompt, drawn_from=drawable(drawn_from, model.config.vocab_size))
+    ids, ends = list(prompt), frozenset(ends)
     device = model.head_weight.device
     for _ in range(max_tokens):
         token = sampler.draw(model(torch.tensor([ids], device=device))[0, -1])
@@ -85,7 +87,7 @@ def recomputed(
     return ids[len(prompt) :]
 
 
-def check(model: Hybrid, prompt: Sequence[int], max_tokens: int, drawn_from: Collection[int] | None) -> None:
+def check(model: Hybrid, prompt: Sequence[int], max_tokens: int, drawn_from: Collection[int] | None = None) -> None:
     """Refuse what cannot be generated from, by name."""
     if not len(prompt):
         raise RequestError("prompt: must hold at least one token; got none")

@@ -42,7 +42,7 @@ class Attention(nn.Module):
             mixed = attention_whole(q, k, v, segments)
         else:
             if state is None:  # nothing to remember: pages for this call alone
-                state = AttentionState.zeros(config, int(paging.table.max()) + 1, u.dtype, u.device)
+                state = AttentionState.of(config, int(paging.table.max()) + 1, u.dtype, u.device, torch.empty)
             state.push(k, v, paging)
             mixed = attention_paged(q, state.keys, state.values, segments, paging.table)
         mixed = mixed.reshape(count, -1)

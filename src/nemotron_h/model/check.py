@@ -1,32 +1,52 @@
 """Does one arithmetic hold here: on this machine, for this model's shapes and weights?
 
 A token's numbers must not depend on how its prompt was cut, on who else is computed, or on whether it was read or
-generated. That rests on properties of this machine's products, so it is measured, not believed. Each check gives what
-was compared and how far it is apart: nothing, where bits are promised.
+generated. That rests on properties of this machine's products, so it is measured, not believed. `check` reads the whole
+model several times, and gives for each comparison how far it is apart: nothing, where bits are promised. `start_up`
+takes seconds: the products, and one layer of each kind.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+import fcntl
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise, zip_longest
+from pathlib import Path
+from time import perf_counter
 
 import torch
+import torch.nn.functional as F
+from pydantic import TypeAdapter
 from torch import Tensor
 
-from nemotron_h.config.model import MambaConfig
-from nemotron_h.grid import BLOCK, CHUNK, ROWS
+from nemotron_h.config.model import LayerConfig, MambaConfig, MlpConfig
+from nemotron_h.files import replacing
+from nemotron_h.grid import BLOCK, CHUNK, ROWS, round_up
+from nemotron_h.model import fingerprint
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.model.linear import Linear
 from nemotron_h.model.mamba import Mamba
+from nemotron_h.model.state import Paging, State
 from nemotron_h.ops.conv import causal_conv
+from nemotron_h.ops.jit.scalars import said_once
 from nemotron_h.ops.segments import Segments
 from nemotron_h.ops.ssd import ssd, ssd_recurrence
 from nemotron_h.ops.steps import steps
 
-# Where prompts are cut: at places that one arithmetic rests on, and beside them.
+# Where prompts are cut: at places that one arithmetic rests on, and beside them; some pieces are single tokens.
 CUTS = (1, 2, 5, CHUNK - 1, CHUNK, CHUNK + 1, 200, BLOCK - 1, BLOCK, BLOCK + 1)
 LENGTH = BLOCK + ROWS + 1
-SINGLES = (*range(CHUNK - 2, CHUNK + 3), *range(BLOCK - 2, LENGTH))  # tokens that are given one at a time
+SINGLES = (*range(CHUNK - 2, CHUNK + 4), *range(BLOCK - 2, LENGTH))  # cuts between which tokens come one at a time
+BATCH = ((CHUNK, CHUNK - 1, 1), (1, 1, 1), (2, 70, 3), (1, 1, 1))  # new tokens of three sequences in each call
 SCAN_LIMIT = 1e-4  # of the largest output: float32 sums over a chunk, and decays whose exponents are rounded
+
+MULTIPLES = (ROWS, 2 * ROWS, 4 * ROWS)  # of rows, the cheapest first
+MOST_ROWS = 512  # of the product that others are compared with
+START_UP_WORK = 2**33  # multiplications of that product when a model starts: large matrices meet fewer rows
+OUTPUTS = 2**15  # compared at each number of rows: another order of sums changes one in thousands
+
+Calls = Sequence[Sequence[int]]  # of each call, of each sequence: how many new tokens
+Read = Callable[[Tensor, Segments, State], Tensor]  # new rows (tokens, ...), where they stand -> outputs (rows, ...)
 
 
 @dataclass(frozen=True)
@@ -38,19 +58,91 @@ class Finding:
     number: str
 
 
+@dataclass(frozen=True)
+class Arithmetic:
+    """Whether one arithmetic holds, with rows padded to `multiple`; where it does not, nothing may be called exact."""
+
+    holds: bool
+    multiple: int
+    failures: tuple[str, ...]  # what did not hold, at smaller multiples too
+    seconds: float  # that it took to find out
+
+
 @torch.no_grad()
 def check(model: Hybrid, seed: int = 0) -> Iterator[Finding]:
     """Each finding as it is made: the model's own matrices first, then the whole of it. Tokens are drawn from seed."""
-    yield products(model)
-    tokens = torch.randint(model.config.vocab_size, (3, LENGTH), generator=torch.Generator().manual_seed(seed))
-    tokens = tokens.to(model.head_weight.device)
+    yield products(model, model.row_multiple)
+    tokens = random_tokens(model, seed)
     whole = [model(row[None])[0] for row in tokens]
-    yield same("logits, prompt cut in pieces", _cut(model, tokens[0], CUTS), whole[0])
-    singles = [edge for place in SINGLES for edge in (place, place + 1)]
-    yield same("logits, one token at a time", _cut(model, tokens[0], singles), whole[0])
-    yield same("logits, in a batch", *_batch(model, tokens, whole))
+
+    def read(new: Tensor, segments: Segments, state: State) -> Tensor:
+        return model.logits(model.hidden(new, segments, state))
+
+    def in_calls(sequences: Tensor, calls: Calls) -> Tensor:
+        state = model.empty_state(len(sequences))
+        return torch.cat(read_in_calls(read, state, sequences, calls, model.row_multiple))
+
+    yield same("logits, prompt cut in pieces", in_calls(tokens[:1], pieces(LENGTH, CUTS)), whole[0])
+    yield same("logits, one token at a time", in_calls(tokens[:1], pieces(LENGTH, SINGLES)), whole[0])
+    wants = [row[:length] for row, length in zip(whole, totals(BATCH), strict=True)]
+    yield same("logits, in a batch", in_calls(tokens, BATCH), torch.cat(wants))
     if any(isinstance(layer, MambaConfig) for layer in model.config.layers):
         yield scan(model, tokens[0])
+
+
+@torch.no_grad()
+def start_up(model: Hybrid, cache: Path | None) -> Arithmetic:
+    """What `find` finds, or found before on this machine for a model like this.
+
+    cache: a JSON file of this machine's; what is damaged in it or somebody else's is ignored. None: found anew.
+    """
+    if cache is None:
+        return find(model)
+    facts = [fingerprint.basis(model), fingerprint.shape(model.config), str(model.head_weight.dtype)]
+    key = fingerprint.digest_of(facts)
+    arithmetic = remembered(cache).get(key)
+    if arithmetic is None:
+        arithmetic = find(model)
+        try:
+            remember(cache, key, arithmetic)
+        except OSError as error:
+            said_once(f"{cache}: could not be written ({error.strerror}); one arithmetic is measured at each start")
+    return arithmetic
+
+
+def remembered(cache: Path) -> dict[str, Arithmetic]:
+    """What the file holds, nothing where it is not such a file."""
+    try:
+        return TypeAdapter(dict[str, Arithmetic]).validate_json(cache.read_bytes(), strict=True)
+    except (OSError, ValueError):
+        return {}
+
+
+def remember(cache: Path, key: str, arithmetic: Arithmetic) -> None:
+    """Add one result to the file, which another process may be doing too. Raises: OSError."""
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with cache.with_name(f".{cache.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        known = remembered(cache) | {key: arithmetic}
+        with replacing(cache) as file:
+            file.write(json.dumps({name: asdict(one) for name, one in known.items()}, indent=1).encode())
+
+
+@torch.no_grad()
+def find(model: Hybrid, seed: int = 0) -> Arithmetic:
+    """The least of MULTIPLES at which rows of products, and one layer of each config read in several ways, keep their
+    bits. The work is bounded by what is compared, not by a clock: a busy machine gives the same answer."""
+    began = perf_counter()
+    failures: list[str] = []
+    for multiple in MULTIPLES:
+        found = [products(model, multiple, START_UP_WORK)]
+        if found[0].holds:
+            found += layers(model, multiple, seed)
+        failed = [finding for finding in found if not finding.holds]
+        if not failed:
+            return Arithmetic(True, multiple, tuple(failures), perf_counter() - began)
+        failures += [f"rows in multiples of {multiple}: {finding.what}: {finding.number}" for finding in failed]
+    return Arithmetic(False, ROWS, tuple(failures), perf_counter() - began)
 
 
 def same(what: str, got: Tensor, want: Tensor) -> Finding:
@@ -58,47 +150,116 @@ def same(what: str, got: Tensor, want: Tensor) -> Finding:
     differ = int((got != want).sum())
     if not differ and torch.equal(got, want):
         return Finding(what, True, f"{got.numel():,} numbers, the same bits")
-    far = (got - want).abs().max().item()
+    far = (got.float() - want.float()).abs().max().item()
     return Finding(what, False, f"{differ:,} of {got.numel():,} numbers differ, by {far:.2g} at most")
 
 
-def products(model: Hybrid) -> Finding:
-    """A row of a product among others, and in the fewest rows that are ever computed, for every shape of matrix."""
-    shapes: dict[tuple[int, ...], Linear] = {}
+def products(model: Hybrid, multiple: int, most_work: int | None = None) -> Finding:
+    """A row of a product among the fewest rows that are ever computed, and among many, for every shape of matrix.
+
+    most_work: multiplications of the product among many rows; None: it has MOST_ROWS.
+    """
+    matrices: dict[tuple[int, ...], Callable[[Tensor], Tensor]] = {tuple(model.head_weight.shape): model.logits}
     for module in model.modules():
         if isinstance(module, Linear):
-            shapes.setdefault(tuple(module.weight.shape), module)
+            matrices.setdefault(tuple(module.weight.shape), module)
     differ = []
-    for (outs, into), matrix in shapes.items():
-        generator = torch.Generator().manual_seed(into)
-        x = torch.randn(64 * ROWS, into, generator=generator).to(matrix.weight.device, model.compute_dtype)
-        want = matrix(x)
-        for rows, first in ((ROWS, ROWS + 1), (2 * ROWS, 3), (3 * ROWS, 5), (16 * ROWS, 7)):
-            if not torch.equal(matrix(x[first : first + rows].clone()), want[first : first + rows]):
-                differ.append(f"{outs} x {into} at {rows} rows")
-    number = f"{len(shapes)} shapes, the same bits at any number of rows" if not differ else ", ".join(differ)
-    return Finding("rows of matrix products", not differ, number)
+    for (outs, ins), product in matrices.items():
+        rows = min(MOST_ROWS, max(most_work // (outs * ins), 64)) if most_work is not None else MOST_ROWS
+        x = torch.randn(round_up(rows, MULTIPLES[-1]), ins, generator=torch.Generator().manual_seed(ins))
+        x = x.to(model.head_weight.device, model.compute_dtype)
+        want = product(x)
+        counts = [count for count in (multiple, 2 * multiple, 3 * multiple) if not keeps_bits(product, x, want, count)]
+        differ += [f"{outs} x {ins} at {count} rows" for count in counts]
+    number = f"{len(matrices)} shapes, the same bits at any multiple of {multiple} rows"
+    return Finding("rows of matrix products", not differ, ", ".join(differ) or number)
 
 
-def _cut(model: Hybrid, tokens: Tensor, edges: Sequence[int]) -> Tensor:
-    """Logits (l, vocab) of one sequence read in the pieces between the edges."""
-    state = model.empty_state(1)
-    cuts = sorted({0, len(tokens), *edges})
-    return torch.cat([model(tokens[None, a:b], state)[0] for a, b in pairwise(cuts)])
+def keeps_bits(product: Callable[[Tensor], Tensor], x: Tensor, want: Tensor, count: int) -> bool:
+    """Do so many rows, from places all over x (rows, ins), give what they give among all, want (rows, outs)?"""
+    places = range(1, len(x) - count + 1, count + 1)[: -(-OUTPUTS // (count * want.shape[1]))]
+    return all(torch.equal(product(x[at : at + count].clone()), want[at : at + count]) for at in places)
 
 
-def _batch(model: Hybrid, tokens: Tensor, whole: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Three sequences at different places, given different numbers of tokens in each call; and what each has alone."""
-    state, done, parts, wants = model.empty_state(3), [0, 0, 0], [], []
-    for lengths in ((CHUNK, CHUNK - 1, 1), (1, 1, 1), (2, 70, 3), (1, 1, 1)):
-        segments = state.segments(lengths)
-        new = [row[at : at + count] for row, at, count in zip(tokens, done, lengths, strict=True)]
-        logits = model.logits(model.hidden(torch.cat(new), segments, state))
+def layers(model: Hybrid, multiple: int, seed: int = 0) -> Iterator[Finding]:
+    """The first layer of each config, alone, reading embedded tokens that are drawn from seed."""
+    first: dict[LayerConfig, int] = {}
+    for index, config in enumerate(model.config.layers):
+        first.setdefault(config, index)
+    embedded = F.embedding(random_tokens(model, seed), model.backbone.embeddings.weight).to(model.compute_dtype)
+    for index in first.values():
+        yield from layer_findings(model, index, embedded, multiple)
+
+
+def layer_findings(model: Hybrid, index: int, embedded: Tensor, multiple: int) -> Iterator[Finding]:
+    """One layer's outputs and states in pieces and in a batch, against those of each sequence read at once.
+
+    embedded: (3, LENGTH, hidden).
+    """
+    layer, config = model.layers[index], model.config.layers[index]
+    alone = replace(model.config, layers=(config,))
+
+    def read(new: Tensor, segments: Segments, state: State) -> Tensor:
+        rows = F.pad(new, (0, 0, 0, segments.rows - segments.tokens))
+        out: Tensor = layer(rows, segments, state.layers[0], Paging.of(state.tables, segments))
+        state.advance(segments)
+        return out
+
+    def in_calls(sequences: Tensor, calls: Calls) -> tuple[list[Tensor], State]:
+        state = State.zeros(alone, len(sequences), dtype=model.compute_dtype, device=embedded.device)
+        return read_in_calls(read, state, sequences, calls, multiple), state
+
+    ways: dict[str, Calls] = {"in pieces": pieces(LENGTH, CUTS), "in a batch": BATCH}
+    if isinstance(config, MlpConfig):  # its rows know of no sequence
+        ways = {"in pieces": pieces(CHUNK + 1, CUTS)}
+    lengths = [max(of_ways) for of_ways in zip_longest(*map(totals, ways.values()), fillvalue=0)]
+    wholes = [in_calls(row[None, :length], [[length]]) for row, length in zip(embedded, lengths, strict=False)]
+    for way, calls in ways.items():
+        what = f"{type(layer.mixer).__name__} of layer {index}, {way}"
+        got, state = in_calls(embedded[: len(calls[0])], calls)
+        wants = [want[: len(own)] for own, ((want,), _) in zip(got, wholes, strict=False)]
+        yield same(f"{what}, outputs", torch.cat(got), torch.cat(wants))
+        for place, position in enumerate(state.positions):
+            after = wholes[place][1]
+            if state.layers[0] is not None and after.positions == [position]:
+                yield same(f"{what}, state", contents(state.select([place])), contents(after.copy()))
+
+
+def contents(state: State) -> Tensor:
+    """All numbers of a state of one sequence, float32 in one line."""
+    parts = [layer for layer in state.layers if layer is not None]
+    return torch.cat([getattr(part, field.name).float().flatten() for part in parts for field in fields(part)])
+
+
+def random_tokens(model: Hybrid, seed: int) -> Tensor:
+    """(3, LENGTH) int64."""
+    tokens = torch.randint(model.config.vocab_size, (3, LENGTH), generator=torch.Generator().manual_seed(seed))
+    return tokens.to(model.head_weight.device)
+
+
+def totals(calls: Calls) -> list[int]:
+    """Tokens of each sequence in all calls together."""
+    return [sum(lengths) for lengths in zip(*calls, strict=True)]
+
+
+def pieces(length: int, edges: Sequence[int]) -> Calls:
+    """The calls that read one sequence of that length, cut at the edges that lie within it."""
+    cuts = sorted({0, length, *(edge for edge in edges if edge < length)})
+    return [(after - before,) for before, after in pairwise(cuts)]
+
+
+def read_in_calls(read: Read, state: State, sequences: Tensor, calls: Calls, multiple: int) -> list[Tensor]:
+    """Each sequence's outputs, of sequences (s, l, ...) whose rows are given to the calls in order."""
+    done = [0] * len(sequences)
+    parts: list[list[Tensor]] = [[] for _ in sequences]
+    for lengths in calls:
+        segments = state.segments(lengths, multiple)
+        new = [row[at : at + count] for row, at, count in zip(sequences, done, lengths, strict=True)]
+        out = read(torch.cat(new), segments, state)
         for index, (begin, count) in enumerate(zip(segments.begins, lengths, strict=True)):
-            parts.append(logits[begin : begin + count])
-            wants.append(whole[index][done[index] : done[index] + count])
+            parts[index].append(out[begin : begin + count])
             done[index] += count
-    return torch.cat(parts), torch.cat(wants)
+    return [torch.cat(own) for own in parts]
 
 
 def scan(model: Hybrid, tokens: Tensor) -> Finding:

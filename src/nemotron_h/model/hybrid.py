@@ -29,7 +29,11 @@ class Hybrid(nn.Module):
 
     dtype: of the weights (the Mamba layers' A_log, D and dt_bias are float32 always); compute_dtype: of the products
     and of the residual stream, by default the weights'. float32 weights with bfloat16 products are how it is trained.
+
+    row_multiple: what a call's rows are padded to, for a row's bits to be its own; `check.start_up` finds it.
     """
+
+    row_multiple: int = ROWS
 
     def __init__(
         self,
@@ -69,19 +73,25 @@ class Hybrid(nn.Module):
                 raise ShapeError("documents: must not be given with a state; pack only whole documents")
             if documents.shape != tokens.shape:
                 raise ShapeError(f"documents: must have shape {tuple(tokens.shape)}; got {tuple(documents.shape)}")
-            return Segments.of_documents(documents)
-        return Segments.of_batch(batch, length) if state is None else state.segments([length] * batch)
+            return Segments.of_documents(documents, multiple=self.row_multiple)
+        if state is not None:
+            return state.segments([length] * batch, self.row_multiple)
+        return Segments.of_batch(batch, length, multiple=self.row_multiple)
 
     def hidden(
         self, tokens: Tensor, segments: Segments, state: State | None = None, rows: Tensor | None = None
     ) -> Tensor:
         """What the head reads, (rows, hidden): tokens (segments.tokens,) int64. The state moves on.
 
-        rows (k,) int64, k a multiple of ROWS: of these alone, (k, hidden). From the output projection of the last layer
-        in which a row reads others, the rest is not computed.
+        rows (k,) int64, k a multiple of row_multiple: of these alone, (k, hidden). From the output projection of the
+        last layer in which a row reads others, the rest is not computed.
         """
-        if rows is not None and len(rows) % ROWS:
-            raise ShapeError(f"rows: must be a multiple of {ROWS}, for their bits to be their own; got {len(rows)}")
+        multiple = self.row_multiple
+        for what, count in (("rows", len(rows) if rows is not None else 0), ("segments.rows", segments.rows)):
+            if count % multiple:
+                raise ShapeError(
+                    f"{what}: must be a multiple of {multiple}, for their bits to be their own; got {count}"
+                )
         x = F.embedding(F.pad(tokens, (0, segments.rows - segments.tokens)), self.backbone.embeddings.weight)
         x = x.to(self.compute_dtype)
         if state is None and any(segments.starts):
@@ -100,7 +110,7 @@ class Hybrid(nn.Module):
         return self.backbone.norm_f(x)  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(rows, hidden) -> (rows, vocab) float32. rows: a multiple of ROWS, for bits that do not depend on it."""
+        """(rows, hidden) -> (rows, vocab) float32. Rows in a multiple of row_multiple have bits of their own."""
         return (linear(hidden, self.head_weight) if self.config.tied_embeddings else self.lm_head(hidden)).float()
 
     @property

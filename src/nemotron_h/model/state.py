@@ -4,10 +4,10 @@ Each Mamba layer keeps the recurrent state at a chunk boundary and the inputs si
 values in pages of BLOCK tokens. State alone reads and writes this storage, in place. The storage may be its own, or
 rows and pages of pools that somebody else hands out and takes back: a slice of a pool is a tensor like any other.
 
-Invariant: a position holds the tokens before it; places of a chunk or page not yet written are zero.
+Invariant: a position holds the tokens before it; places of a chunk or page not yet written are never read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -16,10 +16,13 @@ from torch import Tensor
 
 from nemotron_h.config.model import AttentionConfig, MambaConfig, ModelConfig
 from nemotron_h.errors import ShapeError
-from nemotron_h.grid import BLOCK, CHUNK
+from nemotron_h.grid import BLOCK, CHUNK, ROWS
 from nemotron_h.ops.conv import keep_last
 from nemotron_h.ops.segments import Segments
+from nemotron_h.ops.shapes import expect
 from nemotron_h.ops.ssd import Past, keep_inputs
+
+New = Callable[..., Tensor]  # torch.zeros, or torch.empty for storage that somebody fills before it is read
 
 
 @dataclass(slots=True)
@@ -33,18 +36,18 @@ class MambaState:
     B: Tensor  # (b, g, n, CHUNK), model dtype
 
     @classmethod
-    def zeros(cls, config: MambaConfig, batch: int, dtype: torch.dtype, device: torch.device) -> Self:
+    def of(cls, config: MambaConfig, batch: int, dtype: torch.dtype, device: torch.device, new: New) -> Self:
         h, p, n, g = config.num_heads, config.head_dim, config.state_size, config.num_groups
 
-        def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.zeros(batch, *shape, dtype=dtype, device=device)
+        def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return new(batch, *shape, dtype=dtype, device=device)
 
         return cls(
-            conv=zeros(config.conv_kernel - 1, config.conv_channels),
-            boundary=zeros(h, n, p, dtype=torch.float32),
-            x=zeros(CHUNK, h * p),
-            dt=zeros(h, CHUNK, dtype=torch.float32),
-            B=zeros(g, n, CHUNK),
+            conv=tensor(config.conv_kernel - 1, config.conv_channels),
+            boundary=tensor(h, n, p, dtype=torch.float32),
+            x=tensor(CHUNK, h * p),
+            dt=tensor(h, CHUNK, dtype=torch.float32),
+            B=tensor(g, n, CHUNK),
         )
 
     @property
@@ -97,10 +100,10 @@ class AttentionState:
     values: Tensor  # (pages, k, BLOCK, d), model dtype
 
     @classmethod
-    def zeros(cls, config: AttentionConfig, pages: int, dtype: torch.dtype, device: torch.device) -> Self:
+    def of(cls, config: AttentionConfig, pages: int, dtype: torch.dtype, device: torch.device, new: New) -> Self:
         k, d = config.num_kv_heads, config.head_dim
         shapes = (pages, k, d, BLOCK), (pages, k, BLOCK, d)
-        return cls(*(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes))
+        return cls(*(new(shape, dtype=dtype, device=device) for shape in shapes))
 
     def push(self, k: Tensor, v: Tensor, paging: Paging) -> None:
         """Write new rows k and v (rows, kv, d) to their pages."""
@@ -126,34 +129,35 @@ class State:
     @classmethod
     def zeros(cls, config: ModelConfig, batch: int, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Self:
         """A state before the first token, with storage of its own. dtype: the model's."""
-        device = torch.device(device)
-        layers: list[MambaState | AttentionState | None] = []
-        for layer in config.layers:
-            match layer:
-                case MambaConfig():
-                    layers.append(MambaState.zeros(layer, batch, dtype, device))
-                case AttentionConfig():
-                    layers.append(AttentionState.zeros(layer, 0, dtype, device))
-                case _:
-                    layers.append(None)
+        layers = _layers(config, batch, 0, dtype, torch.device(device), torch.zeros)
         return cls([0] * batch, [[] for _ in range(batch)], layers, own_pages=True)
+
+    @classmethod
+    def pool(
+        cls, config: ModelConfig, slots: int, pages: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> Self:
+        """Storage for so many sequences and pages, that somebody hands out: not filled, and on a CPU not even taken
+        from the machine before it is written. A sequence begins with `restart`, or as a copy of another."""
+        layers = _layers(config, slots, pages, dtype, torch.device(device), torch.empty)
+        return cls([0] * slots, [[] for _ in range(slots)], layers)
 
     def __len__(self) -> int:
         return len(self.positions)
 
-    def segments(self, lengths: Sequence[int]) -> Segments:
-        """The segments of a call that gives each sequence that many new tokens, with pages for all of them."""
+    def segments(self, lengths: Sequence[int], multiple: int = ROWS) -> Segments:
+        """The segments of a call that gives each sequence that many new tokens, with pages for all of them. multiple:
+        what the call's rows are padded to."""
         if len(lengths) != len(self):
             raise ShapeError(
                 f"tokens: must hold one row for each sequence of the state; got {len(lengths)}, {len(self)}"
             )
         for position, table, length in zip(self.positions, self.tables, lengths, strict=True):
             table.extend(self._pages(-(-(position + length) // BLOCK) - len(table)))
-        return Segments(tuple(self.positions), tuple(lengths))
+        return Segments(tuple(self.positions), tuple(lengths), multiple)
 
     def _pages(self, count: int) -> list[int]:
         """Numbers of fresh pages; the storage grows by a quarter at least, so that a long sequence rarely copies it."""
-        pools = [layer for layer in self.layers if isinstance(layer, AttentionState)]
+        pools = self._attention()
         if count < 1 or not pools:
             return [0] * max(count, 0)
         if not self.own_pages:
@@ -190,11 +194,160 @@ class State:
     def copy(self) -> "State":
         return self.select(range(len(self)))
 
+    def part(self, rows: range) -> "State":
+        """Neighbouring sequences as a state of their own, which writes to this one's storage: what a call takes.
+        `follow` it after the call."""
+        layers = [_sliced(layer, rows) if isinstance(layer, MambaState) else layer for layer in self.layers]
+        return State(self.positions[rows.start : rows.stop], self.tables[rows.start : rows.stop], layers)
+
+    def follow(self, part: "State", rows: range) -> None:
+        """The sequences of a part have moved on, as it says of itself."""
+        self.positions[rows.start : rows.stop] = part.positions
+
+    def restart(self, index: int) -> None:
+        """A new sequence begins here."""
+        self.positions[index], self.tables[index] = 0, []
+        for layer in self._mamba():
+            layer.conv[index].zero_()
+            layer.boundary[index].zero_()
+
+    def copy_slot(self, source: int, target: int) -> None:
+        """Sequence target becomes what sequence source is. Their tables then name the same pages."""
+        self.positions[target], self.tables[target] = self.positions[source], list(self.tables[source])
+        for layer in self._mamba():
+            for tensor in _tensors(layer):
+                tensor[target].copy_(tensor[source])
+
+    def copy_page(self, source: int, target: int) -> None:
+        for layer in self._attention():
+            for tensor in _tensors(layer):
+                tensor[target].copy_(tensor[source])
+
+    def poison_slot(self, index: int) -> None:
+        """Fill it with NaN: whoever reads it before it is written shows it."""
+        self.positions[index], self.tables[index] = 0, []
+        for layer in self._mamba():
+            for tensor in _tensors(layer):
+                tensor[index].fill_(torch.nan)
+
+    def poison_pages(self, pages: Sequence[int]) -> None:
+        for layer in self._attention():
+            for tensor in _tensors(layer):
+                for page in pages:
+                    tensor[page].fill_(torch.nan)
+
+    def difference(self, one: int, other: int) -> str | None:
+        """The first place where two sequences of this state are not the same bits, in words; None: nowhere. Page
+        numbers may differ, and what is never read."""
+        if self.positions[one] != self.positions[other]:
+            return f"positions {self.positions[one]} and {self.positions[other]}"
+        for index, layer in enumerate(self.layers):
+            if layer is None:
+                continue
+            for name, mine in self._remembered(layer, one).items():
+                if not same_bits(mine, self._remembered(layer, other)[name]):
+                    return f"layer {index}, {name}"
+        return None
+
+    def saved(self, index: int, *, paged: bool = True) -> dict[str, Tensor]:
+        """All that will be read of one sequence, by `layer.name`, copied. paged: keys and values too."""
+        return {
+            f"{number}.{name}": tensor.clone(memory_format=torch.contiguous_format)
+            for number, layer in enumerate(self.layers)
+            if isinstance(layer, MambaState) or (paged and isinstance(layer, AttentionState))
+            for name, tensor in self._remembered(layer, index).items()
+        }
+
+    def load(self, index: int, position: int, table: Sequence[int], saved: Mapping[str, Tensor]) -> None:
+        """Make a sequence what was `saved` at that position, its keys and values, where they are given, in the pages of
+        table. Raises: ShapeError where a tensor is missing or another one."""
+        self.positions[index], self.tables[index] = position, list(table)
+        paged = any(name.endswith(".keys") for name in saved)
+        for number, layer in enumerate(self.layers):
+            if isinstance(layer, MambaState):
+                for name, place in self._remembered(layer, index).items():
+                    place.copy_(_expected(saved, f"{number}.{name}", place.shape, place.dtype))
+            elif isinstance(layer, AttentionState) and paged:
+                _, k, d, _ = layer.keys.shape
+                keys = _expected(saved, f"{number}.keys", (k, d, position), layer.keys.dtype)
+                values = _expected(saved, f"{number}.values", (k, position, d), layer.values.dtype)
+                for page, begin in zip(table, range(0, position, BLOCK), strict=True):
+                    new = slice(begin, begin + BLOCK)
+                    count = min(BLOCK, position - begin)
+                    layer.keys[page, :, :, :count] = keys[:, :, new]
+                    layer.values[page, :, :count] = values[:, new]
+
+    def _remembered(self, layer: MambaState | AttentionState, index: int) -> dict[str, Tensor]:
+        """All that will be read of one sequence in a layer."""
+        position, table = self.positions[index], self.tables[index]
+        if isinstance(layer, AttentionState):
+            keys = layer.keys[table].permute(1, 2, 0, 3).flatten(2)  # (k, d, places)
+            values = layer.values[table].transpose(0, 1).flatten(1, 2)  # (k, places, d)
+            return {"keys": keys[..., :position], "values": values[:, :position]}
+        held = Segments((position,), (1,)).carried[0]
+        return {
+            "conv": layer.conv[index],
+            "boundary": layer.boundary[index],
+            "x": layer.x[index, :held],
+            "dt": layer.dt[index, :, :held],
+            "B": layer.B[index, ..., :held],
+        }
+
+    def _mamba(self) -> list[MambaState]:
+        return [layer for layer in self.layers if isinstance(layer, MambaState)]
+
+    def _attention(self) -> list[AttentionState]:
+        return [layer for layer in self.layers if isinstance(layer, AttentionState)]
+
     @property
     def size_bytes(self) -> int:
         """Of all tensors it points to."""
-        parts = [layer for layer in self.layers if layer is not None]
-        return sum(getattr(part, field.name).nbytes for part in parts for field in fields(part))
+        return sum(tensor.nbytes for layer in self.layers if layer is not None for tensor in _tensors(layer))
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Stricter than equal numbers: 0 is not -0, and NaN may be the same."""
+    return torch.equal(*(tensor.contiguous().view(torch.uint8) for tensor in (one, other)))
+
+
+def _expected(saved: Mapping[str, Tensor], name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    if name not in saved:
+        raise ShapeError(f"{name}: must be part of the state; got none")
+    expect(saved[name], name, tuple(shape), dtype)
+    return saved[name]
+
+
+def slot_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Of one sequence's recurrent state."""
+    return State.pool(config, 1, 0, dtype=dtype, device="meta").size_bytes
+
+
+def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Of one page, in all attention layers together."""
+    return State.pool(config, 0, 1, dtype=dtype, device="meta").size_bytes
+
+
+def _layers(
+    config: ModelConfig, slots: int, pages: int, dtype: torch.dtype, device: torch.device, new: New
+) -> list[MambaState | AttentionState | None]:
+    layers: list[MambaState | AttentionState | None] = []
+    for layer in config.layers:
+        match layer:
+            case MambaConfig():
+                layers.append(MambaState.of(layer, slots, dtype, device, new))
+            case AttentionConfig():
+                layers.append(AttentionState.of(layer, pages, dtype, device, new))
+            case _:
+                layers.append(None)
+    return layers
+
+
+def _tensors(layer: MambaState | AttentionState) -> list[Tensor]:
+    return [getattr(layer, field.name) for field in fields(layer)]
+
+
+def _sliced(layer: MambaState, rows: range) -> MambaState:
+    return MambaState(*(tensor[rows.start : rows.stop] for tensor in _tensors(layer)))
 
 
 def _picked(
@@ -203,4 +356,4 @@ def _picked(
     if layer is None:
         return None
     index = rows if isinstance(layer, MambaState) else pages
-    return type(layer)(*(getattr(layer, field.name)[index] for field in fields(layer)))
+    return type(layer)(*(tensor[index] for tensor in _tensors(layer)))

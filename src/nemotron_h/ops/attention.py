@@ -114,6 +114,7 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, pages: list[int], first: in
     folded = F.pad(folded / math.sqrt(width), (0, -width % DEPTH, 0, spare)).repeat(company, 1, 1)
     last, place = divmod(first, BLOCK)
     later = torch.arange(BLOCK, device=q.device) > torch.arange(place, place + length, device=q.device)[:, None]
+    unwritten = later[-1, :, None]
     later = F.pad(later.repeat(group, 1), (0, 0, 0, spare))
     top = folded.new_full((*folded.shape[:2], 1), -torch.inf)
     total, out = torch.zeros_like(top), torch.zeros_like(folded)
@@ -125,7 +126,10 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, pages: list[int], first: in
         before, top = top, torch.maximum(top, scores.amax(-1, keepdim=True))
         weights, gain = (scores - top).exp_(), (before - top).exp_()
         total = total * gain + weights.sum(-1, keepdim=True)
-        page_values = F.pad(values[pages[block]].float(), (0, -width % DEPTH)).repeat(company, 1, 1)
+        page_values = values[pages[block]].float()
+        if block == last:  # what is not written yet may be anything, and NaN times a weight of 0 is NaN
+            page_values = page_values.masked_fill(unwritten, 0)
+        page_values = F.pad(page_values, (0, -width % DEPTH)).repeat(company, 1, 1)
         out = out * gain + torch.bmm(weights, page_values)
     attended = (out / total)[:kv_heads, : group * length, :width].reshape(kv_heads, group, length, width)
     return attended.permute(2, 0, 1, 3).reshape(length, heads, width).to(q.dtype)

@@ -1,8 +1,8 @@
 """Which rows of a call belong to which sequence, and where each run begins on that sequence's own grid.
 
 A call computes on flat tensors (rows, channels): the new tokens of all sequences or documents, one run (segment) after
-the other, padded at the end to a multiple of ROWS. Linear layers, norms and activations need to know nothing more.
-The mixers look along a sequence: this file tells them which rows those are.
+the other, padded at the end to a multiple of rows that this machine's products need. Linear layers, norms and
+activations need to know nothing more. The mixers look along a sequence: this file tells them which rows those are.
 
 Packed documents, a batch of prompts, one decode step of many sequences and a portion of a long prompt are all just
 segments, so packed equals alone and cut equals whole by construction.
@@ -33,6 +33,7 @@ class Segments:
 
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
+    multiple: int = ROWS  # of the call's rows; it divides CHUNK, so that whole chunks need no padding
 
     def __post_init__(self) -> None:
         if len(self.starts) != len(self.lengths) or not self.lengths:
@@ -41,21 +42,23 @@ class Segments:
             )
         if min(self.lengths) < 1 or min(self.starts) < 0:
             raise ShapeError(f"segments: must have lengths of 1 or more and starts of 0 or more; got {self}")
+        if self.multiple < 1 or CHUNK % self.multiple:
+            raise ShapeError(f"multiple: must divide {CHUNK}; got {self.multiple}")
 
     @classmethod
-    def of_batch(cls, batch: int, length: int, starts: Sequence[int] | None = None) -> Self:
+    def of_batch(cls, batch: int, length: int, starts: Sequence[int] | None = None, *, multiple: int = ROWS) -> Self:
         """One segment of that length for each row of a batch."""
-        return cls(tuple(starts) if starts is not None else (0,) * batch, (length,) * batch)
+        return cls(tuple(starts) if starts is not None else (0,) * batch, (length,) * batch, multiple)
 
     @classmethod
-    def of_documents(cls, documents: Tensor) -> Self:
+    def of_documents(cls, documents: Tensor, *, multiple: int = ROWS) -> Self:
         """One segment for each document: documents (b, l) is constant along one and changes at its end."""
         batch, length = documents.shape
         changes = torch.ones(batch, length, dtype=torch.bool, device=documents.device)
         changes[:, 1:] = documents[:, 1:] != documents[:, :-1]
         begins = changes.flatten().nonzero().flatten().tolist()
         lengths = tuple(after - begin for begin, after in zip(begins, [*begins[1:], batch * length], strict=True))
-        return cls((0,) * len(lengths), lengths)
+        return cls((0,) * len(lengths), lengths, multiple)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -67,7 +70,7 @@ class Segments:
 
     @cached_property
     def rows(self) -> int:
-        return round_up(self.tokens, ROWS)
+        return round_up(self.tokens, self.multiple)
 
     @cached_property
     def begins(self) -> tuple[int, ...]:

@@ -1,0 +1,103 @@
+"""What is asked of an engine, and what comes back: an answer for each completion, growing token by token."""
+
+import math
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from torch import Tensor
+
+from nemotron_h.config.sampling import Sampling
+from nemotron_h.errors import RequestError
+from nemotron_h.inference.prefix import Cut
+from nemotron_h.inference.sampling import LogitsHook, Logprobs
+
+GREEDY = Sampling()
+
+
+class Finish(StrEnum):
+    """Why an answer ended: the closed list."""
+
+    END = "end"  # the model drew an end token, which is not part of the answer
+    STOP = "stop"  # a stop string was complete
+    LENGTH = "length"  # max_tokens
+    TIME = "time"  # max_seconds
+    CANCELLED = "cancelled"
+    ERROR = "error"  # `Answer.error` says which; the tokens before it stand
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt, and how to go on from it. Raises: RequestError, naming the field."""
+
+    ids: Sequence[int]
+    generated: Sequence[int] = ()  # tokens of the answer that were drawn before: it goes on as if it had not stopped
+    max_tokens: int = 128  # of the answer, with those
+    max_seconds: float | None = None  # from when it was added; the tokens drawn until then stand
+    sampling: Sampling = GREEDY
+    n: int = 1  # completions, number i drawn with seed + i; the prompt is read once
+    ends: Collection[int] = ()  # an answer ends before one of these
+    stop: Sequence[str] = ()  # and before the first of these texts; needs a tokenizer
+    drawn_from: Tensor | None = None  # (vocab,) bool, of `sampling.drawable`; None: all that the tokenizer knows
+    logprobs: int | None = None  # of each token, and of so many of the likeliest beside; None: of none
+    hook: LogitsHook | None = None  # changes the logits before a token is drawn
+    boundaries: Sequence[int] = ()  # places in ids where another prompt may part from this one
+    cache_salt: str = ""  # only requests of one salt reuse what each other has read
+    reuse: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        if self.n < 1:
+            raise RequestError(f"n: must be 1 or above; got {self.n}")
+        if self.max_seconds is not None and not (math.isfinite(self.max_seconds) and self.max_seconds > 0):
+            raise RequestError(f"max_seconds: must be above 0, or None; got {self.max_seconds}")
+        if self.logprobs is not None and not 0 <= self.logprobs <= 128:
+            raise RequestError(f"logprobs: must lie in 0..128, or None; got {self.logprobs}")
+        if len(self.generated) and self.n != 1:
+            raise RequestError(f"n: must be 1 where an answer goes on; got {self.n}")
+        if len(self.generated) >= max(1, self.max_tokens):
+            raise RequestError(
+                f"max_tokens: must be above the {len(self.generated)} tokens of generated; got {self.max_tokens}"
+            )
+        for place in self.boundaries:
+            if not 0 <= place <= len(self.ids):
+                raise RequestError(f"boundaries: must lie in 0..{len(self.ids)}; got {place}")
+
+
+@dataclass(frozen=True, slots=True)
+class Reuse:
+    """What became of a prompt's tokens: prompt = reused + read, and `cut` says why no more was reused."""
+
+    prompt: int
+    matched: int  # known: read before, by this request's salt
+    reused: int  # not read again
+    cut: Cut
+
+
+@dataclass(slots=True, eq=False)
+class Answer:
+    """One completion, as far as it has come."""
+
+    request: Request
+    index: int  # which of the request's n
+    ids: list[int] = field(default_factory=list)
+    text: str = ""  # of the ids, where the engine has a tokenizer: whole characters, up to a stop string
+    logprobs: list[Logprobs] = field(default_factory=list)
+    reuse: Reuse | None = None  # known once reading begins
+    finish: Finish | None = None  # None: it goes on
+    error: str | None = None
+    added: float = field(default_factory=time.perf_counter)  # seconds, on a clock of no meaning
+    begun: float | None = None  # its first token came
+    ended: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What one step did to one answer."""
+
+    answer: Answer
+    token: int | None  # None: it ended without another
+    text: str  # that is certain now
+    logprobs: Logprobs | None = None

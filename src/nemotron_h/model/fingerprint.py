@@ -1,0 +1,155 @@
+"""Fingerprints: of the weights, of the model's shape, and of the arithmetic that computes with them.
+
+What was computed under one set of fingerprints is what would be computed again under the same set, to the bit. So a
+state, or the result of a check, is used again only where they agree.
+"""
+
+import hashlib
+import json
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nemotron_h import machine, ops
+from nemotron_h.config.model import ModelConfig
+from nemotron_h.config.settings import to_mapping
+from nemotron_h.grid import BLOCK, CHUNK, DEPTH
+from nemotron_h.model.hybrid import Hybrid
+from nemotron_h.model.linear import Linear
+from nemotron_h.ops.jit import linear as few_rows
+from nemotron_h.ops.jit import pairs, scalars
+
+WORDS = 2**15  # of 32 bits, in one sum
+SUMS = 16  # at a time: their products, 4 MiB, stay in cache
+
+
+@torch.no_grad()
+def weights(model: Hybrid) -> str:
+    """Digest of all weights: names, shapes, dtypes and every bit, at the rate at which memory gives them.
+
+    Packed matrices, and taps laid out for reading, have the digest of the plain ones. Memory: one matrix, where it is
+    packed. A tensor's words of 32 bits are added up in runs of WORDS, each times an odd number of its place, modulo
+    2^64. Always noticed: any change within one word of each run, such as a flipped bit, and two values that have
+    changed places. Any other change escapes once in some 2^64 times, unless it was made to escape: the digest tells
+    weights apart, it does not tell whom they are from.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(json.dumps([name, list(parameter.shape), str(parameter.dtype)]).encode())
+        plain = parameter.detach().to_dense() if parameter.is_mkldnn else parameter.detach()
+        digest.update(run_sums(plain).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def run_sums(tensor: Tensor) -> Tensor:
+    """(runs,) int64: for each run of WORDS words, the sum of word times multiplier. tensor: float32 or bfloat16."""
+    flat = tensor.reshape(-1)
+    if len(flat) * flat.element_size() % 4 or flat.storage_offset() * flat.element_size() % 4:
+        flat = F.pad(flat, (0, -len(flat) % 2))  # a copy, which begins and ends with a whole word
+    words, numbers = flat.view(torch.int32), multipliers().to(flat.device)
+    sums = []
+    for part in words.split(SUMS * WORDS):
+        whole, rest = part.split([len(part) // WORDS * WORDS, len(part) % WORDS])
+        sums.append((whole.view(-1, WORDS).long() * numbers).sum(-1))
+        if len(rest):
+            sums.append((rest.long() * numbers[: len(rest)]).sum(-1, keepdim=True))
+    return torch.cat(sums)
+
+
+@cache
+def multipliers() -> Tensor:
+    """(WORDS,) int64, odd: no two agree in their lower halves, and the upper ones are random."""
+    # PCG64's own stream, which numpy promises to keep: digests are compared across versions
+    upper = np.random.PCG64(0).random_raw(WORDS) >> np.uint64(32) << np.uint64(32)
+    return torch.from_numpy((upper | np.arange(1, 2 * WORDS, 2, dtype=np.uint64)).view(np.int64))
+
+
+def versions(model: Hybrid) -> tuple[tuple[int, int], ...]:
+    """Of each parameter: which object it is, and how often it was written. Compared with what was taken before, it
+    tells in microseconds that weights were replaced or changed in place; what is written through `.data`, or to
+    weights made under `torch.inference_mode`, torch does not count."""
+    return tuple((id(p), 0 if p.is_inference() else p._version) for p in model.parameters())
+
+
+def shape(config: ModelConfig) -> str:
+    """Digest of a model's config."""
+    return digest_of(to_mapping(config))
+
+
+def arithmetic(model: Hybrid) -> dict[str, Any]:
+    """All that a model's bits depend on besides its weights and config, as plain values, nested by subject.
+
+    `config.settings.first_difference` names the first in which two of them differ.
+    """
+    return basis(model) | {"row_multiple": model.row_multiple}
+
+
+def basis(model: Hybrid) -> dict[str, Any]:
+    """The arithmetic without the row multiple, which is found out on top of it."""
+    device = model.head_weight.device
+    return {
+        "torch": {"version": torch.__version__, "commit": torch.version.git_version, "onednn": onednn()},
+        "machine": {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+            "cpu": machine.cpu_name(),
+            "features": list(machine.cpu_features()),
+            "torch_uses": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+        },
+        "grid": {"chunk": CHUNK, "block": BLOCK, "depth": DEPTH},
+        "kernels": {
+            "missing": scalars.MISSING,
+            **{name: None if scalars.MISSING else version(name) for name in ("numba", "llvmlite")},
+            "lanes": scalars.LANES,
+            "pairs": pairs.ADDS_PAIRS,
+            "few_rows": few_rows.RUNS,
+        },
+        "code": code(),
+        "compute_dtype": str(model.compute_dtype).removeprefix("torch."),
+        "matrices": matrices(model),
+        "products": products(device),
+    }
+
+
+def onednn() -> str:
+    """The line of torch's own description that tells oneDNN's version."""
+    lines = torch.__config__.show().splitlines()
+    return next((line.strip(" -") for line in lines if "MKL-DNN" in line or "oneDNN" in line), "none")
+
+
+def code() -> str:
+    """Digest of the sources that compute: ops and model."""
+    folders = (Path(ops.__file__).parent, Path(__file__).parent)
+    files = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def matrices(model: Hybrid) -> dict[str, str]:
+    """How the matrices of each shape (outputs x inputs) are read."""
+    found: dict[str, str] = {}
+    for module in model.modules():
+        if isinstance(module, Linear):
+            kernel = f", few rows in chains of {module.few_rows.depth}" if module.few_rows is not None else ""
+            outs, ins = module.weight.shape
+            found.setdefault(f"{outs} x {ins}", f"packed{kernel}" if module.weight.is_mkldnn else "plain")
+    return found
+
+
+def products(device: torch.device) -> str:
+    """Digest of a product in float32 and in bfloat16. Its bits tell what nothing else does: the instructions and the
+    precision that the libraries were told to use (ONEDNN_MAX_CPU_ISA, MKL_CBWR and the like)."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randint(-999, 1000, (rows, 1000), generator=generator) / 999 for rows in (16, 1024))
+    bits = [F.linear(x.to(device, d), weight.to(device, d)).float().cpu() for d in (torch.float32, torch.bfloat16)]
+    return hashlib.sha256(torch.cat(bits).numpy().tobytes()).hexdigest()
+
+
+def digest_of(values: object) -> str:
+    """Digest of plain values, as JSON has them, whatever the order of names."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

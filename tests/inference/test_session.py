@@ -1,0 +1,256 @@
+"""A session restored is the conversation as it was, to the bit, or it is refused by name."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+
+from nemotron_h.config.sampling import Sampling
+from nemotron_h.errors import CapacityError, DataError, RequestError
+from nemotron_h.inference.engine import Engine
+from nemotron_h.inference.prefix import Cut
+from nemotron_h.inference.request import Answer, Request
+from nemotron_h.model import fingerprint
+from nemotron_h.model.hybrid import Hybrid
+from tests.inference.serving import check_alone, check_conserved
+from tests.inference.test_engine import DTYPES, SMALL, answered, ids
+
+Build = Callable[..., Hybrid]
+REQUEST = Request(ids=ids(300), max_tokens=6, sampling=Sampling(temperature=1.0, seed=3), logprobs=1, boundaries=[200])
+
+
+def saved(model: Hybrid, path: Path, **extra: Any) -> Answer:
+    """A conversation of one turn, in a file."""
+    engine = Engine(model, config=SMALL)
+    (answer,) = answered(engine, REQUEST)
+    engine.session(answer, extra=extra).save(path)
+    return answer
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_restored_session_is_reused_by_whoever_begins_like_it(
+    build: Build, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """The same prompt, a longer, a shorter, an edited one, and the answer again."""
+    model = build(compute_dtype=dtype)
+    first = saved(model, tmp_path / "one")
+    engine = Engine(model, config=SMALL)
+    session = engine.restore(tmp_path / "one")
+    assert session.places == [200, 300, 305]
+    check_conserved(engine)
+    said = [*REQUEST.ids, *first.ids]
+    found = {}
+    for name, prompt in {
+        "longer": [*said, *ids(20, seed=1)],
+        "same": said[:-1],
+        "shorter": said[:280],
+        "edited": [*said[:240], *ids(30, seed=2)],
+        "regenerated": said[:300],
+    }.items():
+        (answer,) = answered(engine, replace(REQUEST, ids=prompt, boundaries=()))
+        check_alone(model, answer)
+        assert answer.reuse is not None
+        found[name] = answer.reuse.reused, answer.reuse.cut
+    assert found == {
+        "longer": (305, Cut.NEW),
+        "same": (305, Cut.WHOLE),
+        "shorter": (200, Cut.NOT_TAKEN),
+        "edited": (200, Cut.NOT_TAKEN),
+        "regenerated": (300, Cut.WHOLE),
+    }
+    session.close()
+    check_conserved(engine)
+
+
+def test_an_answer_under_way_goes_on_in_another_engine_with_its_next_draw(build: Build, tmp_path: Path) -> None:
+    model = build()
+    request = replace(REQUEST, max_tokens=20)
+    (whole,) = answered(Engine(model, config=SMALL), request)
+    engine = Engine(model, config=SMALL)
+    (begun,) = engine.add(request)
+    while len(begun.ids) < 9:
+        engine.step()
+    engine.session(begun).save(tmp_path / "half")
+    engine = Engine(model, config=SMALL)
+    restored = engine.restore(tmp_path / "half")
+    (rest,) = answered(engine, restored.request(max_tokens=20, logprobs=1))
+    assert rest.ids == whole.ids
+    assert rest.logprobs == whole.logprobs[9:]
+    assert engine.counts.read_tokens == 20 - 9
+
+
+def test_what_is_held_stays_and_what_is_let_go_may_go(build: Build) -> None:
+    engine = Engine(build(), config=SMALL)
+    (answer,) = answered(engine, REQUEST)
+    session = engine.session(answer)
+    for seed in range(1, 40):
+        answered(engine, Request(ids=ids(700, seed=seed), max_tokens=1))
+    assert session.places == [200, 300, 305]
+    (again,) = answered(engine, replace(REQUEST, ids=[*REQUEST.ids, *answer.ids]))
+    assert again.reuse is not None
+    assert again.reuse.reused == 305
+    session.close()
+    session.close()
+    assert not any(snapshot.pins for snapshot in engine.memory.prefixes.snapshots.values())
+    with pytest.raises(RequestError, match=r"^session: must be open; it was closed"):
+        session.save("anywhere")
+
+
+def test_forks_and_rewinds(build: Build, tmp_path: Path) -> None:
+    engine = Engine(build(), config=SMALL)
+    (answer,) = answered(engine, REQUEST)
+    session = engine.session(answer)
+    fork = session.fork()
+    with pytest.raises(
+        RequestError, match=r"^position: must be a place with a snapshot; got 250; there are 200, 300, 305$"
+    ):
+        fork.rewind(250)
+    fork.rewind(200)
+    assert (fork.ids, fork.places) == (REQUEST.ids[:200], [200])
+    assert session.places == [200, 300, 305]
+    fork.save(tmp_path / "fork")
+    fork.close()
+    session.close()
+    other = Engine(engine.model, config=SMALL)
+    restored = other.restore(tmp_path / "fork")
+    (edited,) = answered(other, restored.request(max_tokens=4))
+    assert edited.reuse is not None
+    assert edited.reuse.cut is Cut.WHOLE
+    check_alone(engine.model, edited)
+
+
+def test_what_the_caller_adds_comes_back(build: Build, tmp_path: Path) -> None:
+    model = build()
+    saved(model, tmp_path / "one", messages=[{"role": "user", "content": "Grüße"}])
+    assert Engine(model, config=SMALL).restore(tmp_path / "one").extra == {
+        "messages": [{"role": "user", "content": "Grüße"}]
+    }
+
+
+def test_a_session_is_of_one_salt(build: Build, tmp_path: Path) -> None:
+    model = build()
+    saved(model, tmp_path / "one")
+    engine = Engine(model, config=SMALL)
+    engine.restore(tmp_path / "one", salt="mine")
+    reused = [answered(engine, replace(REQUEST, cache_salt=salt))[0].reuse.reused for salt in ("", "mine")]  # type: ignore[union-attr]
+    assert reused == [0, 300]
+
+
+def test_a_session_of_another_model_precision_or_tokenizer_is_refused(build: Build, tmp_path: Path) -> None:
+    path = tmp_path / "one"
+    saved(build(), path)
+    with pytest.raises(DataError, match=r"one: must be of the model that restores it; weights is \w+ there, \w+ here$"):
+        Engine(build(seed=1), config=SMALL).restore(path, inexact=True)
+    with pytest.raises(DataError, match="precision is float32 there, bfloat16 here"):
+        Engine(build(compute_dtype=torch.bfloat16), config=SMALL).restore(path, inexact=True)
+
+
+def test_weights_that_were_changed_in_place_are_other_weights(build: Build, tmp_path: Path) -> None:
+    model = build()
+    engine = Engine(model, config=SMALL)
+    (before,) = answered(engine, REQUEST)
+    engine.session(before).save(tmp_path / "one")
+    with torch.no_grad():
+        model.backbone.layers[0].mixer.D.add_(1)
+    (after,) = answered(engine, REQUEST)
+    assert after.reuse is not None
+    assert (after.reuse.reused, after.reuse.cut) == (0, Cut.NEW)
+    check_alone(model, after)
+    check_conserved(engine)
+    with pytest.raises(DataError, match="weights is"):
+        engine.restore(tmp_path / "one")
+
+
+def test_another_arithmetic_is_refused_unless_asked_for_and_then_kept_apart(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path = build(), tmp_path / "one"
+    saved(model, path)
+    here = fingerprint.arithmetic(model)
+    there = {**here, "machine": {**here["machine"], "threads": 64}}
+    engine = Engine(model, config=SMALL)
+    monkeypatch.setattr(fingerprint, "arithmetic", lambda model: there)
+    rule = r"one: must have been computed by this machine's arithmetic; machine.threads is 1 there, 64 here; --inexact"
+    with pytest.raises(DataError, match=rule):
+        engine.restore(path)
+    session = engine.restore(path, inexact=True)
+    assert not session.exact
+    (shared,) = answered(engine, REQUEST)
+    (own,) = answered(engine, session.request(max_tokens=9))
+    assert shared.reuse is not None
+    assert own.reuse is not None
+    assert (shared.reuse.reused, own.reuse.reused) == (0, 305)
+    # the mark stays, also where the arithmetic is the first one's again
+    monkeypatch.setattr(fingerprint, "arithmetic", lambda model: here)
+    session.save(tmp_path / "two")
+    with pytest.raises(DataError, match="inexact is True there, False here"):
+        engine.restore(tmp_path / "two")
+    assert not engine.restore(tmp_path / "two", inexact=True).exact
+
+
+def test_one_flipped_bit_anywhere_is_refused(build: Build, tmp_path: Path) -> None:
+    model, path = build(), tmp_path / "one"
+    saved(model, path)
+    whole, rng = path.read_bytes(), Random(0)
+    header = 8 + int.from_bytes(whole[:8], "little")
+    places = [*range(0, header, 9), *(rng.randrange(header, len(whole)) for _ in range(100)), len(whole) - 1]
+    engine = Engine(model, config=SMALL)
+    for place in places:
+        broken = bytearray(whole)
+        broken[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(broken)
+        with pytest.raises(DataError, match=r"^\S*one: "):
+            engine.restore(path)
+    for length in (0, 7, 8, header - 1, header, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DataError, match=r"^\S*one: "):
+            engine.restore(path)
+    check_conserved(engine)
+    assert not engine.memory.prefixes.snapshots
+    path.write_bytes(whole)
+    assert engine.restore(path).places == [200, 300, 305]
+
+
+def test_damage_is_named(build: Build, tmp_path: Path) -> None:
+    model, path = build(), tmp_path / "one"
+    saved(model, path)
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    offsets = json.loads(whole[8:header])["pages.2.values"]["data_offsets"]
+    broken = bytearray(whole)
+    broken[header + offsets[0] + 5] ^= 4
+    path.write_bytes(broken)
+    with pytest.raises(DataError, match=r"one: pages.2.values is damaged, its digest differs; take an older copy$"):
+        Engine(model, config=SMALL).restore(path)
+
+
+def test_a_file_is_not_there_or_something_else(build: Build, tmp_path: Path) -> None:
+    engine = Engine(build(), config=SMALL)
+    with pytest.raises(DataError, match=r"none: no such session; name one that was saved$"):
+        engine.restore(tmp_path / "none")
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(DataError, match=r"text: must be a whole session file; got"):
+        engine.restore(tmp_path / "text")
+    with pytest.raises(DataError, match=r"must be a whole session file; got"):
+        engine.restore(tmp_path)
+
+
+def test_a_session_that_does_not_fit_is_refused(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    saved(model, tmp_path / "one")
+    engine = Engine(model, config=replace(SMALL, max_running=1, memory_bytes=245_000, pages_fraction=0.4))
+    with pytest.raises(CapacityError, match=r"^session: needs 2 pages of 256 tokens; 1 are free"):
+        engine.restore(tmp_path / "one")
+    check_conserved(engine)
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    with pytest.raises(
+        CapacityError, match=r"two: needs [\d,]+ bytes of disk; 1,000 are free; free some or save elsewhere"
+    ):
+        saved(model, tmp_path / "two")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]
