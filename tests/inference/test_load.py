@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from nemotron_h.errors import CapacityError, CheckpointError, RequestError
 from nemotron_h.inference import load as room
 from nemotron_h.inference import naive
 from nemotron_h.inference.load import LanguageModel, load, needed_bytes, read
+from nemotron_h.inference.sampling import Sampler
 from nemotron_h.machine import Memory
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.text.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -51,8 +53,10 @@ def test_padded_ids_are_never_drawn_as_text(build: Build, tokenizer: Tokenizer) 
     with torch.no_grad():
         model.head_weight[320:] = 3 * model.head_weight[:32]
     language = LanguageModel(model, tokenizer)
-    raw = language.tokens([5, 9], max_tokens=40, sampling=Sampling(temperature=2.0), ignore_end=True)
-    assert max(raw) >= tokenizer.vocab_size  # ids alone: the model's whole vocabulary
+    options: dict[str, Any] = {"max_tokens": 40, "sampling": Sampling(temperature=2.0), "ignore_end": True}
+    assert max(language.tokens([5, 9], **options)) < tokenizer.vocab_size
+    # ids alone: the model's whole vocabulary
+    assert max(LanguageModel(model, None).tokens([5, 9], **options)) >= tokenizer.vocab_size
     for temperature in (0.0, 2.0):
         assert language.generate("the", max_tokens=40, temperature=temperature, ignore_end=True)
 
@@ -69,8 +73,9 @@ def test_ids_that_the_tokenizer_skips_are_never_drawn_as_text(
     with torch.no_grad():
         model.head_weight[320:349] = 3 * model.head_weight[:29]
     language = LanguageModel(model, Tokenizer.load(tmp_path))
-    raw = list(language.tokens([5, 9], max_tokens=40, sampling=Sampling(temperature=2.0), ignore_end=True))
-    assert any(320 <= token < 349 for token in raw)
+    options: dict[str, Any] = {"max_tokens": 40, "sampling": Sampling(temperature=2.0), "ignore_end": True}
+    assert any(320 <= token < 349 for token in LanguageModel(model, None).tokens([5, 9], **options))
+    assert not any(320 <= token < 349 for token in language.tokens([5, 9], **options))
     for temperature in (0.0, 2.0):
         assert language.generate("the", max_tokens=40, temperature=temperature, ignore_end=True)
 
@@ -90,8 +95,9 @@ def test_multibyte_characters_survive_the_stream(
 ) -> None:
     language = load(folder)
     ids = [token for letter in "世界🙂Köln" for byte in letter.encode() for token in [byte_id(tokenizer, byte)]]
-    monkeypatch.setattr(naive, "tokens", lambda *args, **options: iter(ids))
-    pieces = list(language.stream("x", max_tokens=99))
+    drawn = iter(ids)
+    monkeypatch.setattr(Sampler, "draw", lambda self, logits: next(drawn))
+    pieces = list(language.stream("x", max_tokens=len(ids)))
     assert "".join(pieces) == "世界🙂Köln"
     assert "\ufffd" not in "".join(pieces)
 
@@ -171,7 +177,8 @@ def test_what_was_loaded_is_packed_frozen_and_saved_as_it_was(folder: Path, tmp_
     for (name, mine), theirs in zip(first.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(mine, theirs), name
     ids = list(language.tokens([5, 9], max_tokens=5, ignore_end=True))
-    assert ids == list(LanguageModel(first, None).tokens([5, 9], max_tokens=5, ignore_end=True))
+    plain = LanguageModel(first, language.tokenizer)
+    assert ids == list(plain.tokens([5, 9], max_tokens=5, ignore_end=True))
 
 
 @pytest.fixture

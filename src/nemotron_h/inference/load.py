@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,20 +16,22 @@ from nemotron_h.checkpoint.load import load as load_model
 from nemotron_h.checkpoint.save import save as save_model
 from nemotron_h.checkpoint.weights import Weights
 from nemotron_h.config.cost import matrices, weight_bytes
+from nemotron_h.config.engine import EngineConfig
 from nemotron_h.config.keys import CONFIG_FILE
 from nemotron_h.config.model import ModelConfig
 from nemotron_h.config.published import Dialect, read_config
 from nemotron_h.config.sampling import Sampling
 from nemotron_h.errors import CapacityError, RequestError
-from nemotron_h.inference import naive
+from nemotron_h.inference.engine import Engine
+from nemotron_h.inference.request import Request, Update
 from nemotron_h.model.hybrid import Hybrid
-from nemotron_h.text.stream import StopStrings, TextStream
 from nemotron_h.text.tokenizer import TOKENIZER_FILE, Tokenizer, check_fits
 
 if TYPE_CHECKING:
     from nemotron_h.text.template import ChatTemplate, Message
 
 AUTO = "auto"
+DEFAULT = EngineConfig()
 PRECISIONS = machine.CANDIDATES
 
 
@@ -44,6 +46,7 @@ class LanguageModel:
     model: Hybrid
     tokenizer: Tokenizer | None
     companions: Companions = field(default_factory=Companions)
+    engine_config: EngineConfig = DEFAULT
 
     def __post_init__(self) -> None:
         if self.tokenizer is not None:
@@ -106,39 +109,43 @@ class LanguageModel:
         return self._stream(prompt.ids, max_tokens=max_tokens, sampling=sampling, stop=stop, ignore_end=False)
 
     @cached_property
+    def engine(self) -> Engine:
+        """What serves this model, made at first use: what one call has read, the next one reuses."""
+        return Engine(self.model, self.tokenizer, self.engine_config)
+
+    @cached_property
     def template(self) -> "ChatTemplate":
         """The checkpoint's chat template, or the family's."""
         from nemotron_h.text.template import ChatTemplate  # noqa: PLC0415 - who does not chat does not wait for jinja2
 
         return ChatTemplate.of(self.companions.chat_template, self._tokenizer())
 
-    def _stream(
+    def request(
         self,
         ids: Sequence[int],
         *,
-        max_tokens: int,
-        sampling: Sampling | None,
-        stop: str | Sequence[str],
-        ignore_end: bool,
-    ) -> Iterator[str]:
-        tokenizer = self._tokenizer()
-        stops, text = StopStrings([stop] if isinstance(stop, str) else stop), TextStream(tokenizer)
-        new = naive.tokens(
-            self.model,
-            ids,
-            max_tokens=max_tokens,
-            sampling=self._sampling(sampling),
-            ends=self._ends(ignore_end),
-            drawn_from=tokenizer.known_ids,
-        )
-        return _pieces(new, text, stops)
+        max_tokens: int = 128,
+        sampling: Sampling | None = None,
+        stop: str | Sequence[str] = (),
+        ignore_end: bool = False,
+        **options: Any,
+    ) -> Request:
+        """A request to `engine`, with this checkpoint's end tokens and, where none is given, its sampling; options: the
+        others of `Request`."""
+        ends = () if ignore_end else end_ids(self.companions.generation, self.model.config, self.tokenizer)
+        sampling = self.companions.generation.sampling() if sampling is None else sampling
+        return Request(ids=ids, max_tokens=max_tokens, sampling=sampling, stop=stop, ends=ends, **options)
+
+    def _stream(self, ids: Sequence[int], **options: Any) -> Iterator[str]:
+        self._tokenizer()
+        return (update.text for update in checked(self.engine.stream(self.request(ids, **options))))
 
     def tokens(
         self, ids: Sequence[int], *, max_tokens: int = 128, sampling: Sampling | None = None, ignore_end: bool = False
     ) -> Iterator[int]:
-        """The tokens that follow ids, one by one, of the model's whole vocabulary."""
-        ends, sampling = self._ends(ignore_end), self._sampling(sampling)
-        return naive.tokens(self.model, ids, max_tokens=max_tokens, sampling=sampling, ends=ends)
+        """The tokens that follow ids, one by one: those that the tokenizer knows, all of the vocabulary without one."""
+        request = self.request(ids, max_tokens=max_tokens, sampling=sampling, ignore_end=ignore_end)
+        return (update.token for update in checked(self.engine.stream(request)) if update.token is not None)
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """A prompt as the model was trained to read one: its documents begin with the begin-of-text token."""
@@ -166,32 +173,32 @@ class LanguageModel:
             dtype=dtype,
         )
 
-    def _ends(self, ignored: bool) -> tuple[int, ...]:
-        return () if ignored else end_ids(self.companions.generation, self.model.config, self.tokenizer)
-
-    def _sampling(self, given: Sampling | None) -> Sampling:
-        return self.companions.generation.sampling() if given is None else given
-
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise RequestError(f"prompt: needs a {TOKENIZER_FILE} in the checkpoint folder; got none; give token ids")
         return self.tokenizer
 
 
-def _pieces(new: Iterator[int], text: TextStream, stops: StopStrings) -> Iterator[str]:
-    for token in new:
-        yield stops.push(text.push(token))
-        if stops.found is not None:
-            return
-    yield stops.push(text.finish())
-    yield stops.finish()
+def checked(updates: Iterator[Update]) -> Iterator[Update]:
+    """The updates of one request, an answer that ended in an error being one: RequestError."""
+    for update in updates:
+        yield update
+        if update.answer.error is not None:
+            raise RequestError(update.answer.error)
 
 
-def load(path: str | Path, *, precision: str = AUTO, device: torch.device | str = "cpu") -> LanguageModel:
+def load(
+    path: str | Path,
+    *,
+    precision: str = AUTO,
+    device: torch.device | str = "cpu",
+    engine_config: EngineConfig = DEFAULT,
+) -> LanguageModel:
     """What a checkpoint holds, ready to read and generate; its matrices are packed, and not trained any more.
 
     path: a folder, or as a string `org/name[@revision]` of the Hub: from the cache, else downloaded.
     precision: of weights and products, one of PRECISIONS, or auto: what this machine multiplies fast, measured.
+    engine_config: how it is served, memory above all.
     Raises: CheckpointError, ConfigError or UnsupportedError in one line; CapacityError where memory is too small.
     """
     check_precision(precision)
@@ -202,7 +209,7 @@ def load(path: str | Path, *, precision: str = AUTO, device: torch.device | str 
     language = read(folder, dtype=PRECISIONS[chosen], device=device)
     language.model.requires_grad_(False)
     language.model.pack()
-    return language
+    return replace(language, engine_config=engine_config)
 
 
 def read(folder: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> LanguageModel:
