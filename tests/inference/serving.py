@@ -31,7 +31,7 @@ def check_alone(model: Hybrid, *answers: Answer) -> None:
 
 def check_conserved(engine: Engine) -> None:
     """Every slot and page is free or held, and held by those that are there, as often as they hold it."""
-    memory, running = engine.memory, len(engine.running)
+    memory, running = engine.memory, len(engine.scheduler.running)
     prefixes, state = memory.prefixes, memory.state
     slots = range(memory.scratch + 1, memory.scratch + 1 + memory.sizes.snapshots)
     assert sorted([*prefixes.free, *prefixes.snapshots]) == list(slots)
@@ -42,7 +42,7 @@ def check_conserved(engine: Engine) -> None:
     assert not any(state.tables[row] for row in (*range(running, memory.scratch + 1), *prefixes.free))
     for slot, snapshot in prefixes.snapshots.items():
         assert state.positions[slot] == snapshot.node.end
-    for row, sequence in enumerate(engine.running):
+    for row, sequence in enumerate(engine.scheduler.running):
         assert 0 <= state.positions[row] <= len(sequence.tokens)
         assert len(state.tables[row]) <= memory.promised[row]
     counts = engine.counts

@@ -181,7 +181,7 @@ def test_short_prompts_share_a_pass(build: Build) -> None:
         engine.add(Request(ids=ids(20, seed=seed), max_tokens=1))
     engine.step()
     assert engine.counts.passes == 1
-    assert not engine.running
+    assert not engine.scheduler.running
 
 
 def test_who_does_not_fit_waits_and_who_never_will_is_refused(build: Build) -> None:
@@ -193,7 +193,7 @@ def test_who_does_not_fit_waits_and_who_never_will_is_refused(build: Build) -> N
     answers = [engine.add(replace(half, ids=ids(len(half.ids), seed=seed)))[0] for seed in range(3)]
     for _ in range(4):
         engine.step()
-    assert (len(engine.running), len(engine.queue)) == (1, 2)
+    assert (len(engine.scheduler.running), len(engine.scheduler.queue)) == (1, 2)
     engine.run()
     check_alone(model, *answers)
     check_conserved(engine)
@@ -261,7 +261,7 @@ def test_an_interrupted_pass_is_done_again_to_the_same_bits(build: Build, monkey
             engine.step()
     assert model.backbone.layers[3].forward == whole
     check_conserved(engine)
-    assert len(engine.queue) == 2
+    assert len(engine.scheduler.queue) == 2
     engine.run()
     check_alone(model, *answers)
     check_conserved(engine)
@@ -337,7 +337,7 @@ def test_a_stream_that_is_closed_cancels_its_request(build: Build) -> None:
     answer = next(stream).answer
     stream.close()
     assert answer.finish is Finish.CANCELLED
-    assert not engine.running
+    assert not engine.scheduler.running
     check_conserved(engine)
 
 
@@ -430,7 +430,7 @@ def test_requests_that_cannot_be_honoured_are_refused_by_name(build: Build, chan
     engine = Engine(build(), config=SMALL)
     with pytest.raises(RequestError, match=words):
         engine.add(Request(**{"ids": [1, 2, 3], **change}))
-    assert not engine.queue
+    assert not engine.scheduler.queue
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,8 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Hold an existing folder for this process, until the block or the process ends.
+def claimed(folder: Path, *, instead: str = "name another run") -> Iterator[None]:
+    """Hold an existing folder for this process, until the block or the process ends. instead: what else one may do.
 
     Raises: CheckpointError where another process holds it.
     """
@@ -66,9 +66,7 @@ def claimed(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise CheckpointError(
-                f"{folder}: must not be in use; another process runs it; wait, or name another run"
-            ) from None
+            raise CheckpointError(f"{folder}: must not be in use; another process has it; wait, or {instead}") from None
         yield
 
 

@@ -1,8 +1,10 @@
 """How an engine takes its machine: what runs at once, what memory it may fill, what it keeps for reuse."""
 
 import math
+from pathlib import Path
+from typing import Annotated
 
-from nemotron_h.config.settings import settings
+from nemotron_h.config.settings import Lenient, settings
 from nemotron_h.errors import ConfigError
 
 
@@ -16,11 +18,18 @@ class EngineConfig:
     max_snapshots: int = 4096
     portion_tokens: int = 512  # of prompts, read in one pass between two tokens of everybody else
     reuse: bool = True
+    snapshot_folder: Annotated[Path | None, Lenient] = None  # keeps what memory has no room for; None: nothing does
+    snapshot_folder_bytes: int = 2**33
     audit_fraction: float = 0.0  # of hits, computed cold as well and compared to the bit
     poisoned: bool = False  # what is freed is filled with NaN, so that a reader of it shows; for tests
 
     def __post_init__(self) -> None:
-        for name, least in (("max_running", 1), ("max_snapshots", 0), ("portion_tokens", 1)):
+        for name, least in (
+            ("max_running", 1),
+            ("max_snapshots", 0),
+            ("portion_tokens", 1),
+            ("snapshot_folder_bytes", 1),
+        ):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}: must be {least} or above; got {getattr(self, name)}")
         if self.memory_bytes is not None and self.memory_bytes < 1:

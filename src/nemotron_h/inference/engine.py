@@ -11,50 +11,30 @@ was interrupted and read again. `naive.py` is what every answer equals.
 """
 
 import logging
-import random
 import time
-from collections import Counter, deque
-from collections.abc import Iterator, Mapping
-from collections.abc import Sequence as Sequence_
-from dataclasses import dataclass, field, replace
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
+from typing import Any, Self
 
 from nemotron_h.config.engine import EngineConfig
-from nemotron_h.errors import RequestError
-from nemotron_h.grid import CHUNK
+from nemotron_h.errors import CapacityError, RequestError
 from nemotron_h.inference import naive
 from nemotron_h.inference.memory import Memory
-from nemotron_h.inference.prefix import Cut, Kind, Match, Snapshot, common
-from nemotron_h.inference.request import Answer, Finish, Request, Reuse, Update
+from nemotron_h.inference.prefix import Kind, Snapshot
+from nemotron_h.inference.request import Answer, Finish, Request, Update
 from nemotron_h.inference.runner import read
-from nemotron_h.inference.sampling import Sampler, drawable, logprobs
-from nemotron_h.inference.scheduler import Sequence, calls, grid_shares, shares
-from nemotron_h.inference.session import Session, Sessions
+from nemotron_h.inference.sampling import drawable, logprobs
+from nemotron_h.inference.scheduler import Scheduler, calls
+from nemotron_h.inference.sequence import Sequence as Running
+from nemotron_h.inference.session import APART, Session, Sessions
+from nemotron_h.inference.store import Store
 from nemotron_h.model import fingerprint
 from nemotron_h.model.hybrid import Hybrid
-from nemotron_h.text.stream import StopStrings, TextStream
 from nemotron_h.text.tokenizer import Tokenizer
 
 LOG = logging.getLogger(__name__)
-WORTH_WAITING = CHUNK  # tokens that another request is about to read: fewer are read twice rather than waited for
-
-
-@dataclass(slots=True)
-class Counts:
-    """What an engine has done so far. prompt_tokens = reused_tokens + the sum of lost_tokens."""
-
-    requests: int = 0
-    passes: int = 0
-    read_tokens: int = 0  # of prompts, drawn ones, and those read again
-    prompt_tokens: int = 0
-    matched_tokens: int = 0
-    reused_tokens: int = 0
-    lost_tokens: Counter[Cut] = field(default_factory=Counter)  # of prompts, by why they were not reused
-    audits: int = 0
 
 
 class Engine:
@@ -71,58 +51,38 @@ class Engine:
         """tokenizer None: ids in, ids out. exact: one arithmetic holds here; where it does not, only what was read in
         whole portions of a prompt's own grid is reused.
 
-        Raises: CapacityError where the memory does not hold the running sequences.
+        Raises: CapacityError where the memory does not hold the running sequences; CheckpointError where another
+        process has the folder of snapshots.
         """
         self.model, self.tokenizer, self.config = model, tokenizer, config or EngineConfig()
-        self.exact = exact
         self.memory = Memory(model.config, self.config, model.compute_dtype, model.head_weight.device)
-        self.counts = Counts()
-        self.running: list[Sequence] = []  # in the order of rows
-        self.queue: deque[Sequence] = deque()
+        self.scheduler = Scheduler(self.memory, self.config, exact=exact)
+        self.counts = self.scheduler.counts
         # where text is wanted, only ids that stand for some are drawn: vocabularies are padded, and have holes
         known = tokenizer.known_ids if tokenizer is not None else None
         self._drawn_from = drawable(known, model.config.vocab_size)
         self._listeners: dict[Answer, deque[Update]] = {}
-        self._audits = random.Random(0)
-        self._sessions = Sessions(self.memory, model, tokenizer)
         self._versions = fingerprint.versions(model)
+        self._sessions = Sessions(self.memory, model, tokenizer)
+        if self.config.snapshot_folder is not None and self.config.reuse and exact:
+            self._open_store(self.config.snapshot_folder)
 
     def add(self, request: Request) -> tuple[Answer, ...]:
         """Queue a request; its n answers grow with each step.
 
         Raises: RequestError, naming the field; CapacityError for what can never fit.
         """
-        naive.check(self.model, request.ids, request.max_tokens)
+        naive.check(self.model, [*request.ids, *request.generated], request.max_tokens)
         if request.stop and self.tokenizer is None:
             raise RequestError("stop: needs an engine with a tokenizer; got none; cut the ids yourself")
         self.memory.check_fits(len(request.ids) + request.max_tokens - 1)
-        sequences = [self._sequence(request, index) for index in range(request.n)]
-        self.queue += sequences
-        return tuple(sequence.answer for sequence in sequences)
-
-    def _sequence(self, request: Request, index: int) -> Sequence:
-        self.counts.requests += 1
-        ids, generated = ([int(token) for token in tokens] for tokens in (request.ids, request.generated))
-        sampling = replace(request.sampling, seed=request.sampling.seed + index)
-        text = TextStream(self.tokenizer) if self.tokenizer is not None else None
-        stop = StopStrings(request.stop)
-        said = "".join(stop.push(text.push(token)) for token in generated) if text is not None else ""
-        return Sequence(
-            answer=Answer(request, index, list(generated), said),
-            number=self.counts.requests,
-            sampler=Sampler(
-                sampling,
-                prompt=ids,
-                generated=generated,
-                drawn_from=self._drawn_from if request.drawn_from is None else request.drawn_from,
-                hook=request.hook,
-            ),
-            tokens=ids + generated,
-            prompt=np.array(ids, dtype=np.int64),
-            salt=request.cache_salt if request.reuse and self.config.reuse else None,
-            text=text,
-            stop=stop,
-        )
+        answers = []
+        for index in range(request.n):
+            self.counts.requests += 1
+            sequence = Running.of(request, index, self.counts.requests, self.tokenizer, self._drawn_from)
+            self.scheduler.queue.append(sequence)
+            answers.append(sequence.answer)
+        return tuple(answers)
 
     def stream(self, request: Request) -> Iterator[Update]:
         """Add a request, now, and step until its answers have ended, giving what each step did to them. Others go on
@@ -143,37 +103,49 @@ class Engine:
                 del self._listeners[answer]
                 self.cancel(answer)
 
+    @property
+    def busy(self) -> bool:
+        """Is anything under way?"""
+        return bool(self.scheduler.running or self.scheduler.queue)
+
     def run(self) -> None:
         """Step until nothing is left to do."""
-        while self.running or self.queue:
+        while self.busy:
             self.step()
 
     def cancel(self, answer: Answer) -> None:
         """End an answer now; what it has stands. One that has ended stays as it is."""
-        for sequence in (*self.running, *self.queue):
+        for sequence in (*self.scheduler.running, *self.scheduler.queue):
             if sequence.answer is answer:
-                self._told(self._ended(sequence, Finish.CANCELLED))
+                self._told(self._end(sequence, Finish.CANCELLED))
 
     def step(self) -> list[Update]:
         """Do one pass. Returns what it did to each answer."""
         self._notice_weights()
-        updates = self._overdue() + self._admitted()
-        if self.running:
-            counts, _ = self._shares()
-            self._read(counts)
-            updates += self._drawn([sequence for sequence, count in zip(self.running, counts, strict=True) if count])
+        scheduler = self.scheduler
+        updates = self._draw() + self._overdue() + self._admit()
+        if scheduler.running:
+            counts, _ = scheduler.shares()
+            try:
+                for row, count in enumerate(counts):
+                    self.memory.extend(row, count)
+                rows = calls(counts, alone=not scheduler.exact)
+                read(self.model, self.memory.state, scheduler.running, counts, rows)
+            except BaseException:
+                scheduler.retract()
+                raise
+            scheduler.read(counts)
+            updates += self._draw()
         return self._told(updates)
 
-    def session(
-        self, of: Answer | Sequence_[int], *, salt: str = "", extra: Mapping[str, Any] | None = None
-    ) -> Session:
+    def session(self, of: Answer | Sequence[int], *, salt: str = "", extra: Mapping[str, Any] | None = None) -> Session:
         """Hold what is known of an answer, as far as it has come, or of ids. salt: of ids. extra: plain values of your
         own, for its file."""
         if not isinstance(of, Answer):
             return self._sessions.held(of, salt=salt, extra=extra)
-        for row, sequence in enumerate(self.running):
+        for row, sequence in enumerate(self.scheduler.running):
             if sequence.answer is of:
-                self._keep(row, sequence, Kind.REPLY, awaited=True)
+                self.scheduler.keep(row, sequence, Kind.REPLY, awaited=True)
         request = of.request
         return self._sessions.held(
             [*request.ids, *of.ids],
@@ -192,15 +164,33 @@ class Engine:
         self._notice_weights()
         return self._sessions.restored(Path(path), salt=salt, inexact=inexact)
 
+    def close(self) -> None:
+        """End everything under way, and leave what was read in the folder of snapshots, where there is one."""
+        for sequence in (*self.scheduler.running, *self.scheduler.queue):
+            self.cancel(sequence.answer)
+        if self.scheduler.store is not None:
+            for snapshot in sorted(self.memory.prefixes.snapshots.values(), key=self.memory.prefixes.worth):
+                self._spill(snapshot)
+        self._close_store()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def _notice_weights(self) -> None:
         """Where weights have changed, what was read by the old ones is forgotten, and who runs begins again."""
         versions = fingerprint.versions(self.model)
         if versions == self._versions:
             return
         self._versions = versions
-        self._retract()
+        self.scheduler.retract()
         self.memory.forget()
         self._sessions = Sessions(self.memory, self.model, self.tokenizer)
+        if self.scheduler.store is not None:
+            LOG.warning("the weights have changed: the folder of snapshots is not used any more")
+            self._close_store()
 
     def _told(self, updates: list[Update]) -> list[Update]:
         for update in updates:
@@ -211,195 +201,72 @@ class Engine:
     def _overdue(self) -> list[Update]:
         """End those whose time is up."""
         now, updates = time.perf_counter(), list[Update]()
-        for sequence in (*self.running, *self.queue):
+        for sequence in (*self.scheduler.running, *self.scheduler.queue):
             limit = sequence.answer.request.max_seconds
             if limit is not None and now - sequence.answer.added > limit:
-                updates += self._ended(sequence, Finish.TIME)
+                updates += self._end(sequence, Finish.TIME)
         return updates
 
-    def _admitted(self) -> list[Update]:
-        """Who waits begins, in order, while there are rows, pages, and room in the pass."""
+    def _admit(self) -> list[Update]:
+        """Let those begin who can. Whoever was read before to its last token is given the next at once."""
         updates: list[Update] = []
-        for sequence in list(self.queue):
-            row = len(self.running)
-            if row == self.config.max_running:
-                break
-            match = self._match(sequence)
-            _, room = self._shares()
-            if not room and match.reused < len(sequence.tokens):
-                break
-            if self._about_to_be_read(sequence, match):
-                continue
-            audited = match.snapshot if self._audits.random() < self.config.audit_fraction else None
-            begun = replace(match, snapshot=None) if audited is not None else match
-            if not self.memory.begin(row, begun, sequence.longest):
-                if row:
-                    break
-                error = (
-                    "pages: too few are free, and nothing runs that would free more; close a session that holds them"
-                )
-                updates += self._ended(sequence, Finish.ERROR, error)
-                continue
-            self.queue.remove(sequence)
-            self.running.append(sequence)
-            self._count(sequence, match)
-            self._plan(sequence, begun, audited)
-            if begun.reused == len(sequence.tokens):
-                updates += self._drawn([sequence])
+        while True:
+            try:
+                if self.scheduler.admit() is None:
+                    return updates
+            except CapacityError as error:
+                updates += self._end(self.scheduler.queue[0], Finish.ERROR, str(error))
+            updates += self._draw()
+
+    def _draw(self) -> list[Update]:
+        """Give those that have read all their tokens the next."""
+        scheduler, updates = self.scheduler, list[Update]()
+        for sequence, position in list(zip(scheduler.running, scheduler.positions, strict=True)):
+            if position == len(sequence.tokens):
+                updates += self._drawn(sequence)
         return updates
 
-    def _shares(self) -> tuple[list[int], int]:
-        positions = self.memory.state.positions[: len(self.running)]
-        return (shares if self.exact else grid_shares)(self.running, positions, self.config.portion_tokens)
-
-    def _match(self, sequence: Sequence) -> Match:
-        """What can be reused of it."""
-        if sequence.salt is None or self.memory.distrusted is not None:
-            return Match(0, None, Cut.OFF)
-        return self.memory.prefixes.match(sequence.keys, sequence.salt)
-
-    def _about_to_be_read(self, sequence: Sequence, match: Match) -> bool:
-        """Is somebody reading more of the same prompt than can be reused yet? Then this one waits, and a snapshot will
-        lie where the two part."""
-        if match.cut is Cut.OFF or not (self.exact and self.memory.sizes.snapshots):
-            return False
-        for position, other in zip(self.memory.state.positions, self.running, strict=False):
-            if other.salt != sequence.salt or len(other.tokens) - position < 2:
-                continue
-            place = common(other.prompt, sequence.prompt)
-            if place > position and place - match.reused >= WORTH_WAITING:
-                other.pauses.setdefault(place, Kind.SHARED)
-                other.awaited.add(place)
-                return True
-        return False
-
-    def _count(self, sequence: Sequence, match: Match) -> None:
-        """What became of its prompt, once: a sequence that was interrupted begins again."""
-        if sequence.answer.reuse is not None:
-            return
-        length = len(sequence.tokens)
-        sequence.answer.reuse = Reuse(length, match.matched, match.reused, match.cut)
-        self.counts.prompt_tokens += length
-        self.counts.matched_tokens += match.matched
-        self.counts.reused_tokens += match.reused
-        self.counts.lost_tokens[match.cut] += length - match.reused
-
-    def _plan(self, sequence: Sequence, match: Match, audited: Snapshot | None) -> None:
-        """Where its reading will pause."""
-        if match.cut is Cut.OFF:
-            return
-        length, portion = len(sequence.tokens), self.config.portion_tokens
-        if self.exact:
-            boundaries = sequence.answer.request.boundaries
-            sequence.pauses = self.memory.prefixes.stops(length, match, boundaries, portion)
-        else:
-            sequence.pauses = dict.fromkeys(range(match.reused + portion, length + 1, portion), Kind.TAIL)
-        if match.snapshot is not None:
-            sequence.logits = self.memory.logits[match.snapshot.slot]
-        if audited is not None:
-            audited.pins += 1
-            sequence.audited = audited
-            sequence.pauses[audited.node.end] = audited.kind
-        else:
-            self.memory.prefixes.use(match)
-
-    def _read(self, counts: list[int]) -> None:
-        """One pass, and the snapshots on its way. Where it is interrupted, everybody goes back to the queue."""
-        memory = self.memory
-        try:
-            for row, count in enumerate(counts):
-                memory.extend(row, count)
-            read(self.model, memory.state, self.running, counts, calls(counts, alone=not self.exact))
-        except BaseException:
-            self._retract()
-            raise
-        self.counts.passes += 1
-        self.counts.read_tokens += sum(counts)
-        for row, sequence in enumerate(self.running):
-            place = memory.state.positions[row]
-            if counts[row] and place in sequence.pauses:
-                self._keep(row, sequence, sequence.pauses.pop(place))
-
-    def _keep(self, row: int, sequence: Sequence, kind: Kind, *, awaited: bool = False) -> None:
-        """Offer a sequence's state, as it is now, for a snapshot."""
-        memory, place, logits = self.memory, self.memory.state.positions[row], sequence.logits
-        if logits is None or not torch.isfinite(logits).all():
-            return
-        if sequence.audited is not None and place == sequence.audited.node.end:
-            self.counts.audits += 1
-            memory.audit(row, sequence.audited, logits)
-            sequence.audited.pins -= 1
-            sequence.audited = None
-        if sequence.salt is not None and memory.distrusted is None:
-            awaited = awaited or place in sequence.awaited
-            memory.keep(row, sequence.keys[:place], sequence.salt, kind, logits, awaited=awaited)
-
-    def _drawn(self, sequences: list[Sequence]) -> list[Update]:
-        """Those that have read all their tokens are given the next."""
-        updates = []
-        for sequence in sequences:
-            if self.memory.state.positions[self.running.index(sequence)] == len(sequence.tokens):
-                updates += self._draw(sequence)
-        return updates
-
-    def _draw(self, sequence: Sequence) -> list[Update]:
+    def _drawn(self, sequence: Running) -> list[Update]:
         answer, request, logits = sequence.answer, sequence.answer.request, sequence.logits
         assert logits is not None
         try:
             token = sequence.sampler.draw(logits)
         except RequestError as error:
-            return self._ended(sequence, Finish.ERROR, str(error))
+            return self._end(sequence, Finish.ERROR, str(error))
         if token in request.ends:
-            return self._ended(sequence, Finish.END)
-        sequence.tokens.append(token)
-        answer.ids.append(token)
+            return self._end(sequence, Finish.END)
         answer.begun = answer.begun or time.perf_counter()
         chances = None if request.logprobs is None else logprobs(logits, token, request.logprobs)
         if chances is not None:
             answer.logprobs.append(chances)
-        text = sequence.stop.push(sequence.text.push(token)) if sequence.text is not None else ""
-        answer.text += text
-        updates = [Update(answer, token, text, chances)]
+        updates = [Update(answer, token, sequence.take(token), chances)]
         if sequence.stop.found is not None:
-            updates += self._ended(sequence, Finish.STOP)
+            updates += self._end(sequence, Finish.STOP)
         elif len(answer.ids) == request.max_tokens:
-            updates += self._ended(sequence, Finish.LENGTH)
+            updates += self._end(sequence, Finish.LENGTH)
         return updates
 
-    def _ended(self, sequence: Sequence, finish: Finish, error: str | None = None) -> list[Update]:
-        """A sequence leaves, from wherever it is; what it has read stays for reuse."""
+    def _end(self, sequence: Running, finish: Finish, error: str | None = None) -> list[Update]:
+        """A sequence leaves; what it has read stays for reuse."""
         answer = sequence.answer
-        if sequence in self.queue:
-            self.queue.remove(sequence)
-        else:
-            self._leave(sequence, damaged=finish is Finish.ERROR)
-        rest = ""
-        if sequence.text is not None and finish is not Finish.STOP:
-            rest = sequence.stop.push(sequence.text.finish()) + sequence.stop.finish()
-        answer.text += rest
+        self.scheduler.leave(sequence, damaged=finish is Finish.ERROR)
+        rest = sequence.finish()
         answer.finish, answer.error, answer.ended = finish, error, time.perf_counter()
         return [Update(answer, None, rest)]
 
-    def _leave(self, sequence: Sequence, *, damaged: bool) -> None:
-        """Its row is free, and the last one's sequence takes it. damaged: its state must not be used again."""
-        row, last = self.running.index(sequence), len(self.running) - 1
-        if self.exact and not damaged:
-            self._keep(row, sequence, Kind.REPLY)
-        if sequence.audited is not None:
-            sequence.audited.pins -= 1
-        self.memory.end(row, last, damaged=damaged)
-        self.running[row] = self.running[last]
-        self.running.pop()
+    def _open_store(self, folder: Path) -> None:
+        arithmetic = fingerprint.arithmetic(self.model)
+        store = Store(folder, self.config.snapshot_folder_bytes, self._sessions.prints, arithmetic)
+        self.scheduler.store, self.memory.spill = store, self._spill
 
-    def _retract(self) -> None:
-        """A pass was interrupted, and rows are half-written: everybody begins again, where snapshots allow."""
-        for row in reversed(range(len(self.running))):
-            sequence = self.running[row]
-            self.memory.end(row, row)
-            sequence.pauses, sequence.logits = {}, None
-            sequence.awaited.clear()
-            if sequence.audited is not None:
-                sequence.audited.pins -= 1
-                sequence.audited = None
-            self.queue.appendleft(sequence)
-        self.running.clear()
+    def _spill(self, snapshot: Snapshot) -> None:
+        """A snapshot goes to make room: the folder may keep it."""
+        store, salt = self.scheduler.store, snapshot.node.salt
+        worth_a_file = snapshot.node.end >= self.config.portion_tokens and not salt.startswith(APART)
+        if store is not None and worth_a_file:
+            store.put(snapshot.node.path, salt, snapshot.kind, self.memory.saved([snapshot]))
+
+    def _close_store(self) -> None:
+        if self.scheduler.store is not None:
+            self.scheduler.store.close()
+            self.scheduler.store = None

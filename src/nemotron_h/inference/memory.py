@@ -11,7 +11,7 @@ sequence may come to need is promised to it before it begins, so that none stops
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +74,7 @@ class Memory:
         self.prefixes = Prefixes(self.slots)
         self.distrusted: str | None = None  # why nothing is reused any more
         self.logits: dict[int, Tensor] = {}  # (vocab,) float32 after the last token, by snapshot's slot
+        self.spill: Callable[[Snapshot], None] = lambda snapshot: None  # told of each that goes to make room
         self.promised = [0] * first  # pages, by row
         self._paged = any(isinstance(layer, AttentionConfig) for layer in model.layers)
         self._poisoned = engine.poisoned
@@ -136,11 +137,17 @@ class Memory:
         assert self.state.positions[row] == len(keys), (self.state.positions[row], len(keys))
         snapshot, gone = self.prefixes.offer(self.prefixes.insert(keys, salt), kind, awaited=awaited)
         if gone is not None:
+            self.spill(gone)
             self._emptied(gone.slot)
-        if snapshot is not None:
+        if snapshot is None:
+            return None
+        self.pages.share(self.state.tables[row] if self._paged else ())
+        self.state.tables[snapshot.slot], self.logits[snapshot.slot] = self.state.tables[row], logits.clone()
+        try:
             self.state.copy_slot(row, snapshot.slot)
-            self.pages.share(self.state.tables[row] if self._paged else ())
-            self.logits[snapshot.slot] = logits.clone()
+        except BaseException:
+            self.drop(snapshot)  # half a copy is none
+            raise
         return snapshot
 
     def saved(self, snapshots: Sequence[Snapshot]) -> dict[str, Tensor]:
@@ -232,6 +239,7 @@ class Memory:
             worst = self.prefixes.worst()
             if worst is None:
                 return False
+            self.spill(worst)
             self.drop(worst)
         return True
 

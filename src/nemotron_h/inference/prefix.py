@@ -57,6 +57,15 @@ class Node:
     evicted: bool = False  # a snapshot lay here
     used: int = 0  # when a prompt last came by
 
+    @property
+    def path(self) -> Keys:
+        """All keys from the root."""
+        parts, node = [], self
+        while node.parent is not None:
+            parts.append(node.keys)
+            node = node.parent
+        return np.concatenate([np.empty(0, np.int64), *reversed(parts)])
+
 
 @dataclass(slots=True, eq=False)
 class Snapshot:

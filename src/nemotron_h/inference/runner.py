@@ -5,7 +5,7 @@ from collections.abc import Sequence as Sequence_
 import torch
 
 from nemotron_h.grid import round_up
-from nemotron_h.inference.scheduler import Sequence
+from nemotron_h.inference.sequence import Sequence
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.model.state import State
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from nemotron_h.config.model import LayerConfig, MambaConfig, MlpConfig
+from nemotron_h.config.model import AttentionConfig, LayerConfig, MambaConfig, MlpConfig
 from nemotron_h.files import replacing
 from nemotron_h.grid import BLOCK, CHUNK, ROWS, round_up
 from nemotron_h.model import fingerprint
@@ -38,6 +38,8 @@ CUTS = (1, 2, 5, CHUNK - 1, CHUNK, CHUNK + 1, 200, BLOCK - 1, BLOCK, BLOCK + 1)
 LENGTH = BLOCK + ROWS + 1
 SINGLES = (*range(CHUNK - 2, CHUNK + 4), *range(BLOCK - 2, LENGTH))  # cuts between which tokens come one at a time
 BATCH = ((CHUNK, CHUNK - 1, 1), (1, 1, 1), (2, 70, 3), (1, 1, 1))  # new tokens of three sequences in each call
+# Tokens that one layer alone is read with: past the last edge that its kind knows of.
+FARTHEST = {MlpConfig: CHUNK + 1, MambaConfig: 2 * CHUNK + ROWS + 1, AttentionConfig: LENGTH}
 SCAN_LIMIT = 1e-4  # of the largest output: float32 sums over a chunk, and decays whose exponents are rounded
 
 MULTIPLES = (ROWS, 2 * ROWS, 4 * ROWS)  # of rows, the cheapest first
@@ -209,9 +211,9 @@ def layer_findings(model: Hybrid, index: int, embedded: Tensor, multiple: int) -
         state = State.zeros(alone, len(sequences), dtype=model.compute_dtype, device=embedded.device)
         return read_in_calls(read, state, sequences, calls, multiple), state
 
-    ways: dict[str, Calls] = {"in pieces": pieces(LENGTH, CUTS), "in a batch": BATCH}
-    if isinstance(config, MlpConfig):  # its rows know of no sequence
-        ways = {"in pieces": pieces(CHUNK + 1, CUTS)}
+    ways: dict[str, Calls] = {"in pieces": pieces(FARTHEST[type(config)], CUTS), "in a batch": BATCH}
+    if isinstance(config, MlpConfig):
+        del ways["in a batch"]  # its rows know of no sequence
     lengths = [max(of_ways) for of_ways in zip_longest(*map(totals, ways.values()), fillvalue=0)]
     wholes = [in_calls(row[None, :length], [[length]]) for row, length in zip(embedded, lengths, strict=False)]
     for way, calls in ways.items():

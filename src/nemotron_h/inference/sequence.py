@@ -1,0 +1,97 @@
+"""An answer in progress: its tokens, how far its reading goes in one stretch, its draws and its text."""
+
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import numpy as np
+from torch import Tensor
+
+from nemotron_h.inference.prefix import Keys, Kind, Snapshot
+from nemotron_h.inference.request import Answer, Request
+from nemotron_h.inference.sampling import Sampler
+from nemotron_h.text.stream import StopStrings, TextStream
+from nemotron_h.text.tokenizer import Tokenizer
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Its row, and how many tokens have been read, are the state's."""
+
+    answer: Answer
+    number: int  # in the order of arrival
+    sampler: Sampler
+    tokens: list[int]  # the prompt, and what was drawn
+    prompt: Keys
+    salt: str | None  # of the tree that it reuses and feeds; None: neither
+    text: TextStream | None  # None: there is no tokenizer
+    stop: StopStrings
+    pauses: dict[int, Kind] = field(default_factory=dict)  # places where reading stops, for a snapshot
+    awaited: set[int] = field(default_factory=set)  # those where another request will begin
+    logits: Tensor | None = None  # (vocab,), after the last token that was read, where they were wanted
+    audited: Snapshot | None = None  # read cold, to be compared with this
+
+    @classmethod
+    def of(
+        cls, request: Request, index: int, number: int, tokenizer: Tokenizer | None, drawn_from: Tensor | None
+    ) -> Self:
+        """The request's completion of that index. drawn_from: where the request does not say."""
+        ids, generated = ([int(token) for token in tokens] for tokens in (request.ids, request.generated))
+        text, stop = TextStream(tokenizer) if tokenizer is not None else None, StopStrings(request.stop)
+        said = "".join(stop.push(text.push(token)) for token in generated) if text is not None else ""
+        sampler = Sampler(
+            replace(request.sampling, seed=request.sampling.seed + index),
+            prompt=ids,
+            generated=generated,
+            drawn_from=drawn_from if request.drawn_from is None else request.drawn_from,
+            hook=request.hook,
+        )
+        return cls(
+            answer=Answer(request, index, generated, said),
+            number=number,
+            sampler=sampler,
+            tokens=ids + generated,
+            prompt=np.array(ids, dtype=np.int64),
+            salt=request.cache_salt if request.reuse else None,
+            text=text,
+            stop=stop,
+        )
+
+    @property
+    def keys(self) -> Keys:
+        """Of its tokens."""
+        return self.prompt if len(self.tokens) == len(self.prompt) else np.array(self.tokens, dtype=np.int64)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that it will have read at most: the last one drawn is not read."""
+        return len(self.prompt) + self.answer.request.max_tokens - 1
+
+    def left(self, position: int) -> int:
+        """Tokens to read before the next is drawn, or before a pause."""
+        return min([len(self.tokens), *(place for place in self.pauses if place > position)]) - position
+
+    def take(self, token: int) -> str:
+        """The next token; the text that is certain with it."""
+        self.tokens.append(token)
+        self.answer.ids.append(token)
+        text = self.stop.push(self.text.push(token)) if self.text is not None else ""
+        self.answer.text += text
+        return text
+
+    def finish(self) -> str:
+        """The text that was held back."""
+        rest = self.stop.push(self.text.finish()) + self.stop.finish() if self.text is not None else ""
+        self.answer.text += rest
+        return rest
+
+    def begin_again(self) -> None:
+        """What was planned for its reading is planned anew."""
+        self.pauses, self.logits = {}, None
+        self.awaited.clear()
+        self.let_go()
+
+    def let_go(self) -> None:
+        """It holds no snapshot any more."""
+        if self.audited is not None:
+            self.audited.pins -= 1
+            self.audited = None
