@@ -1,7 +1,8 @@
 """Snapshots in a folder: what memory has no room for, and what was read before the process began.
 
-A file is a session of one snapshot (`session_file.py`), named by its salt and keys. The folder has a limit: the longest
-unused goes. It belongs to one process at a time. Files of another model or arithmetic lie there unused until they go.
+A file is a session of one snapshot (`session_file.py`), named by what it is bound to. The folder has a limit: the
+longest unused goes. It belongs to one process at a time. Files of another model or arithmetic lie there unused until
+they go.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from nemotron_h.checkpoint.files import claimed, remove_leftovers
 from nemotron_h.errors import CapacityError, DataError
 from nemotron_h.inference import session_file
 from nemotron_h.inference.prefix import Keys, Kind, Prefixes, Snapshot
+from nemotron_h.model import fingerprint
 
 LOG = logging.getLogger(__name__)
 SUFFIX = ".snapshot"
@@ -73,7 +75,8 @@ class Store:
 
     def put(self, keys: Keys, salt: str, kind: Kind, tensors: Mapping[str, Tensor]) -> None:
         """Write a snapshot, unless it is there; where the disk does not take it, say so and go on."""
-        name = hashlib.sha256(digest(salt).encode() + keys.tobytes()).hexdigest()[:32] + SUFFIX
+        whose = fingerprint.digest_of([self.model, self.arithmetic, digest(salt)])
+        name = hashlib.sha256(whose.encode() + keys.tobytes()).hexdigest()[:32] + SUFFIX
         size = sum(tensor.nbytes for tensor in tensors.values()) + keys.nbytes
         if name in self._files or size > self.limit_bytes:
             return

@@ -44,7 +44,7 @@ SCAN_LIMIT = 1e-4  # of the largest output: float32 sums over a chunk, and decay
 
 MULTIPLES = (ROWS, 2 * ROWS, 4 * ROWS)  # of rows, the cheapest first
 MOST_ROWS = 512  # of the product that others are compared with
-START_UP_WORK = 2**33  # multiplications of that product when a model starts: large matrices meet fewer rows
+START_UP_WORK = 2**32  # multiplications of that product when a model starts: large matrices meet fewer rows
 OUTPUTS = 2**15  # compared at each number of rows: another order of sums changes one in thousands
 
 Calls = Sequence[Sequence[int]]  # of each call, of each sequence: how many new tokens

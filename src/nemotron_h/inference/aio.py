@@ -1,0 +1,123 @@
+"""An engine for asyncio: one thread of its own steps it, and everybody may ask at once.
+
+    async with AsyncEngine(engine) as serving:
+        async for update in serving.stream(request): ...
+
+The engine belongs to the thread from then on: what else is to be done with it goes through `call`.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from typing import Any, Self, TypeVar
+
+from nemotron_h.inference.engine import Engine
+from nemotron_h.inference.request import Answer, Request, Update
+
+LOG = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class AsyncEngine:
+    """Streams of many coroutines, served together."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.error: BaseException | None = None  # why the thread has ended, if it was not asked to
+        self._asked: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()  # None: end
+        self._listeners: dict[Answer, Callable[[Update | None], None]] = {}
+        self._thread = threading.Thread(target=self._serve, name="nemotron-h engine", daemon=True)
+
+    async def __aenter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Ends what is under way, and the engine."""
+        self._asked.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    async def stream(self, request: Request) -> AsyncIterator[Update]:
+        """As `Engine.stream`. A stream that is closed, or whose task is cancelled, cancels its request."""
+        loop = asyncio.get_running_loop()
+        updates: asyncio.Queue[Update | None] = asyncio.Queue()
+
+        def tell(update: Update | None) -> None:
+            loop.call_soon_threadsafe(updates.put_nowait, update)
+
+        def add() -> tuple[Answer, ...]:
+            answers = self.engine.add(request)
+            self._listeners |= dict.fromkeys(answers, tell)
+            return answers
+
+        answers = await self.call(add)
+        going = len(answers)
+        try:
+            while going:
+                update = await updates.get()
+                if update is None:
+                    raise self._ended()
+                going -= update.token is None
+                yield update
+        finally:
+            if going and self._thread.is_alive():
+                self._ask(lambda: self._forget(answers))
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """The function's result, called by the engine's thread between two steps."""
+        return await asyncio.wrap_future(self._ask(function))
+
+    def _ask(self, function: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+        self._asked.put((function, future))
+        if not self._thread.is_alive():
+            self._refuse_all()
+        return future
+
+    def _refuse_all(self) -> None:
+        """The thread has ended: nobody will do what is asked."""
+        while not self._asked.empty():
+            if (asked := self._asked.get()) is not None:
+                asked[1].set_exception(self._ended())
+
+    def _ended(self) -> RuntimeError:
+        error = RuntimeError("the engine's thread has ended")
+        error.__cause__ = self.error
+        return error
+
+    def _forget(self, answers: tuple[Answer, ...]) -> None:
+        for answer in answers:
+            self._listeners.pop(answer, None)
+            self.engine.cancel(answer)
+
+    def _serve(self) -> None:
+        """Step while there is something to do; between steps, and while there is not, do what is asked."""
+        try:
+            while True:
+                while not (self.engine.busy and self._asked.empty()):
+                    asked = self._asked.get()
+                    if asked is None:
+                        return
+                    self._do(*asked)
+                for update in self.engine.step():
+                    if update.answer in self._listeners:
+                        self._listeners[update.answer](update)
+                        if update.token is None:
+                            del self._listeners[update.answer]
+        except BaseException as error:  # the outermost loop of a thread: whoever waits is told
+            self.error = error
+            LOG.exception("the engine's thread has ended")
+        finally:
+            self.engine.close()
+            for answer, tell in self._listeners.items():
+                tell(Update(answer, None, "") if self.error is None else None)
+            self._refuse_all()
+
+    def _do(self, function: Callable[[], T], future: Future[T]) -> None:
+        try:
+            future.set_result(function())
+        except Exception as error:  # the asker's own, who gets it
+            future.set_exception(error)
