@@ -72,6 +72,24 @@ def test_a_cancelled_task_cancels_its_request_and_nobody_elses(build: Build) -> 
     check_alone(engine.model, gone, answer)
 
 
+def test_a_task_cancelled_while_its_request_is_added_leaves_nothing(build: Build) -> None:
+    engine = Engine(build(), config=SMALL)
+
+    async def main() -> None:
+        async with AsyncEngine(engine) as serving:
+            for turns in range(6):
+                task = asyncio.create_task(streamed(serving, Request(ids=ids(20, seed=turns), max_tokens=2000)))
+                for _ in range(turns):
+                    await asyncio.sleep(0.001)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            while await serving.call(lambda: engine.busy):
+                await asyncio.sleep(0.001)
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
 def test_a_refusal_comes_to_the_one_who_asked(build: Build) -> None:
     async def main() -> None:
         async with AsyncEngine(Engine(build(), config=SMALL)) as serving:

@@ -2,9 +2,13 @@
 
 import json
 import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from nemotron_h.errors import RequestError
 
 
 def generate(
@@ -27,48 +31,50 @@ def generate(
         bool, typer.Option("--ignore-defaults", help="Draw by these options alone, not by the checkpoint's defaults.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: text, or ids.")] = False,
+    batch: Annotated[str | None, typer.Option(help="Many prompts: a file with one JSON object a line.")] = None,
+    output: Annotated[str | None, typer.Option(help="With --batch: where the answers go.")] = None,
+    at_once: Annotated[int, typer.Option(help="With --batch: prompts computed at once; 1: one by one.")] = 16,
 ) -> None:
-    """Go on from a prompt, streaming.
+    """Go on from a prompt, streaming; or from each prompt of a file.
+
+    A line of --batch is {"prompt": "..."} or {"ids": [5, 9]}, with "max_tokens" if wanted; its answer is a line of
+    --output, by default FILE.answers.jsonl. Stopped, the same command goes on.
 
     Where --temperature, --top-p or --top-k is not given, the checkpoint's generation_config.json decides; where that
     does not ask for drawing (do_sample), the likeliest token is taken each time.
     """
+    from nemotron_h.config.engine import EngineConfig
     from nemotron_h.config.generation import Generation
-    from nemotron_h.errors import RequestError
-    from nemotron_h.text.stream import StopStrings
 
-    ways = {"PROMPT": prompt, "--prompt-file": prompt_file, "--ids": ids}
-    given = [way for way, value in ways.items() if value is not None]
-    if len(given) != 1:
-        raise RequestError(f"prompt: must be given once, as {', '.join(ways)}; got {' and '.join(given) or 'none'}")
-    if max_tokens < 1:
-        raise RequestError(f"max_tokens: must be 1 or above; got {max_tokens}")
-    StopStrings(stop or ())  # refuses an empty one
+    check_ways({"PROMPT": prompt, "--prompt-file": prompt_file, "--ids": ids, "--batch": batch})
+    check_flags(ids, stop, chat, system, ignore_end, batch, output)
+    for name, count in (("max_tokens", max_tokens), ("at_once", at_once)):
+        if count < 1:
+            raise RequestError(f"{name}: must be 1 or above; got {count}")
     sampling = Generation().sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    if ids is not None and stop:
-        raise RequestError("stop: needs a text prompt; got --ids; cut the ids yourself")
-    if system is not None and not chat:
-        raise RequestError("system: needs --chat; got a system message for a text to go on from")
-    for flag, given_too in (("--ids", ids is not None), ("--ignore-end", ignore_end)):
-        if chat and given_too:
-            raise RequestError(
-                f"chat: must not be given with {flag}; a reply is text, and ends where the model ends it"
-            )
     numbers = read_ids(ids) if ids is not None else []
     text = read_prompt(prompt_file) if prompt_file is not None else prompt or ""
     # after the checks: they import torch
+    from nemotron_h.cli.batch import answer_batch
     from nemotron_h.cli.process import settle
     from nemotron_h.cli.pull import folder_of
-    from nemotron_h.cli.summary import printable
+    from nemotron_h.inference.batch import read_prompts
     from nemotron_h.inference.load import check_precision, load, usable
 
+    prompts = read_prompts(Path(batch)) if batch is not None else []
     check_precision(precision)
     usable(device)
     settle()
-    model = load(folder_of(path), precision=precision, device=device)
+    engine = EngineConfig(max_running=at_once if batch is not None else 1)
+    model = load(folder_of(path), precision=precision, device=device, engine_config=engine)
     if not ignore_defaults:
         defaults = model.companions.generation
         sampling = defaults.sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    if batch is not None:
+        asked = {"path": path, "chat": chat, "system": system, "stop": stop or [], "ignore_end": ignore_end}
+        answers = Path(output) if output is not None else Path(batch).with_suffix(".answers.jsonl")
+        answer_batch(model, prompts, answers, max_tokens, sampling, asked)
+        return
     if ids is not None:
         new = list(model.tokens(numbers, max_tokens=max_tokens, sampling=sampling, ignore_end=ignore_end))
         print(json.dumps({"ids": new}) if as_json else ",".join(map(str, new)))
@@ -79,6 +85,46 @@ def generate(
         pieces = model.chat(messages, max_tokens=max_tokens, sampling=sampling, stop=stop or ())
     else:
         pieces = model.stream(text, max_tokens=max_tokens, sampling=sampling, stop=stop or (), ignore_end=ignore_end)
+    show(pieces, as_json=as_json)
+
+
+def check_ways(ways: Mapping[str, str | None]) -> None:
+    """Refuse no prompt, and several."""
+    given = [way for way, value in ways.items() if value is not None]
+    if len(given) != 1:
+        raise RequestError(f"prompt: must be given once, as {', '.join(ways)}; got {' and '.join(given) or 'none'}")
+
+
+def check_flags(
+    ids: str | None,
+    stop: list[str] | None,
+    chat: bool,
+    system: str | None,
+    ignore_end: bool,
+    batch: str | None,
+    output: str | None,
+) -> None:
+    """Refuse what does not go together."""
+    from nemotron_h.text.stream import StopStrings
+
+    StopStrings(stop or ())  # refuses an empty one
+    if ids is not None and stop:
+        raise RequestError("stop: needs a text prompt; got --ids; cut the ids yourself")
+    if output is not None and batch is None:
+        raise RequestError("output: needs --batch; got a file for one answer; send it there with >")
+    if system is not None and not chat:
+        raise RequestError("system: needs --chat; got a system message for a text to go on from")
+    for flag, given_too in (("--ids", ids is not None), ("--ignore-end", ignore_end)):
+        if chat and given_too:
+            raise RequestError(
+                f"chat: must not be given with {flag}; a reply is text, and ends where the model ends it"
+            )
+
+
+def show(pieces: Iterable[str], *, as_json: bool) -> None:
+    """Text as it comes, or whole as JSON."""
+    from nemotron_h.cli.summary import printable
+
     if as_json:
         print(json.dumps({"text": "".join(pieces)}))
         return
@@ -89,8 +135,6 @@ def generate(
 
 def read_ids(text: str) -> list[int]:
     """`5,9,13` as numbers."""
-    from nemotron_h.errors import RequestError
-
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
@@ -99,10 +143,6 @@ def read_ids(text: str) -> list[int]:
 
 def read_prompt(path: str) -> str:
     """A prompt file's text."""
-    from pathlib import Path
-
-    from nemotron_h.errors import RequestError
-
     try:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

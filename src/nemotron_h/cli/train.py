@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nemotron_h.signals import SIGNALLED
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -13,8 +15,6 @@ if TYPE_CHECKING:
     from nemotron_h.config.train import TrainConfig
     from nemotron_h.data.batches import Batch
     from nemotron_h.training.loop import Trained
-
-SIGNALLED = 128  # plus the signal's number: the exit code of what a signal ended
 
 
 def train(

@@ -53,9 +53,10 @@ class AsyncEngine:
             self._listeners |= dict.fromkeys(answers, tell)
             return answers
 
-        answers = await self.call(add)
-        going = len(answers)
+        adding = self._ask(add)
+        going = request.n
         try:
+            await asyncio.wrap_future(adding)
             while going:
                 update = await updates.get()
                 if update is None:
@@ -63,8 +64,8 @@ class AsyncEngine:
                 going -= update.token is None
                 yield update
         finally:
-            if going and self._thread.is_alive():
-                self._ask(lambda: self._forget(answers))
+            if going:  # closed early; also while it was being added
+                adding.add_done_callback(self._forget)
 
     async def call(self, function: Callable[[], T]) -> T:
         """The function's result, called by the engine's thread between two steps."""
@@ -88,10 +89,16 @@ class AsyncEngine:
         error.__cause__ = self.error
         return error
 
-    def _forget(self, answers: tuple[Answer, ...]) -> None:
-        for answer in answers:
-            self._listeners.pop(answer, None)
-            self.engine.cancel(answer)
+    def _forget(self, added: Future[tuple[Answer, ...]]) -> None:
+        """End the answers of a request that was added, if it was."""
+
+        def end() -> None:
+            for answer in added.result():
+                self._listeners.pop(answer, None)
+                self.engine.cancel(answer)
+
+        if not added.cancelled() and added.exception() is None:
+            self._ask(end)
 
     def _serve(self) -> None:
         """Step while there is something to do; between steps, and while there is not, do what is asked."""
@@ -117,6 +124,8 @@ class AsyncEngine:
             self._refuse_all()
 
     def _do(self, function: Callable[[], T], future: Future[T]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return  # the asker has gone
         try:
             future.set_result(function())
         except Exception as error:  # the asker's own, who gets it

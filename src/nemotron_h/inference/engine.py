@@ -72,10 +72,7 @@ class Engine:
 
         Raises: RequestError, naming the field; CapacityError for what can never fit.
         """
-        naive.check(self.model, [*request.ids, *request.generated], request.max_tokens)
-        if request.stop and self.tokenizer is None:
-            raise RequestError("stop: needs an engine with a tokenizer; got none; cut the ids yourself")
-        self.memory.check_fits(len(request.ids) + request.max_tokens - 1)
+        self.check(request)
         answers = []
         for index in range(request.n):
             self.counts.requests += 1
@@ -83,6 +80,13 @@ class Engine:
             self.scheduler.queue.append(sequence)
             answers.append(sequence.answer)
         return tuple(answers)
+
+    def check(self, request: Request) -> None:
+        """Refuse what `add` would."""
+        naive.check(self.model, [*request.ids, *request.generated], request.max_tokens)
+        if request.stop and self.tokenizer is None:
+            raise RequestError("stop: needs an engine with a tokenizer; got none; cut the ids yourself")
+        self.memory.check_fits(len(request.ids) + request.max_tokens - 1)
 
     def stream(self, request: Request) -> Iterator[Update]:
         """Add a request, now, and step until its answers have ended, giving what each step did to them. Others go on

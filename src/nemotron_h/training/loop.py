@@ -5,14 +5,10 @@ is two integers: the step, and the place in the data (windows read so far). Ever
 those, so a run that was killed and one that was not end in the same bits (same machine, threads and torch).
 """
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -27,6 +23,7 @@ from nemotron_h.data.batches import Batch, Batches
 from nemotron_h.errors import CheckpointError
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.model.init import initialise
+from nemotron_h.signals import stop_signals
 from nemotron_h.text.tokenizer import Tokenizer, check_fits
 from nemotron_h.training.metrics import Metrics
 from nemotron_h.training.optimizer import load_state_tensors, optimizers, set_learning_rate, state_tensors
@@ -179,27 +176,3 @@ class _Run:
                 keep=self.config.keep_checkpoints,
             )
         return self.saved
-
-
-@contextmanager
-def stop_signals() -> Iterator[Sequence[int]]:
-    """Collect SIGINT and SIGTERM instead of dying of them; a second SIGINT interrupts as usual.
-
-    In a thread, where Python takes no handlers, nothing is collected.
-    """
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and number in received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,0 +1,123 @@
+"""Many prompts out of a file of JSON lines, answered into another, together; stopped at any moment, it goes on.
+
+    {"prompt": "..."} or {"ids": [...]}, and if wanted "max_tokens"
+    -> {"ids", "text", "logprobs", "matched", "reused", "cut"}, in the order of the prompts; "error" where one failed
+
+An answer is the same whoever is served beside it and however often the job was stopped: its draws depend on the seed
+alone. What was reused (`matched`, `reused`, `cut`) does depend on it.
+"""
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemotron_h.config.keys import shown
+from nemotron_h.config.settings import first_difference
+from nemotron_h.errors import DataError, RequestError
+from nemotron_h.files import replacing
+from nemotron_h.inference.engine import Engine
+from nemotron_h.inference.request import Answer, Request
+
+AHEAD = 2  # times as many requests as run at once are known to the engine: who comes next may share what is being read
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line."""
+
+    prompt: str | None
+    ids: Sequence[int] | None
+    max_tokens: int | None
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """All lines of a file. Raises: DataError, naming the line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: must be a readable file of UTF-8; got {error}") from None
+    return [parsed(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def parsed(line: str, where: str) -> Prompt:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: must be JSON; got {error}") from None
+    if not isinstance(values, dict):
+        raise DataError(f"{where}: must be an object; got {type(values).__name__}")
+    for key in values:
+        if key not in ("prompt", "ids", "max_tokens"):
+            raise DataError(f"{where}: {shown(key)}: unknown; known are prompt, ids and max_tokens")
+    prompt, ids, most = (values.get(key) for key in ("prompt", "ids", "max_tokens"))
+    if (prompt is None) == (ids is None):
+        raise DataError(f"{where}: must have one of prompt and ids; got {'none' if prompt is None else 'both'}")
+    if prompt is not None and not isinstance(prompt, str):
+        raise DataError(f"{where}: prompt: must be text; got {type(prompt).__name__}")
+    if ids is not None and not (isinstance(ids, list) and ids and all(type(token) is int for token in ids)):
+        raise DataError(f"{where}: ids: must be a list of whole numbers, at least one")
+    if most is not None and (type(most) is not int or most < 1):
+        raise DataError(f"{where}: max_tokens: must be a whole number of 1 or above; got {most!r}")
+    return Prompt(prompt, ids, most)
+
+
+def answers(engine: Engine, requests: Sequence[Request], going: Callable[[], bool] = lambda: True) -> Iterator[Answer]:
+    """One answer for each request, in their order; each as soon as it and those before it have ended. going: asked
+    before each step of the engine; False ends it."""
+    waiting, under_way = deque(requests), deque[Answer]()
+    while waiting or under_way:
+        while waiting and len(under_way) < AHEAD * engine.config.max_running:
+            under_way += engine.add(waiting.popleft())
+        while under_way and under_way[0].finish is not None:
+            yield under_way.popleft()
+        if under_way:
+            if not going():
+                return
+            engine.step()
+
+
+def as_line(answer: Answer) -> str:
+    """An answer as JSON."""
+    reuse = answer.reuse
+    values = {
+        "ids": answer.ids,
+        "text": answer.text,
+        "logprobs": [logprob for logprob, _ in answer.logprobs],
+        "matched": reuse.matched if reuse is not None else 0,
+        "reused": reuse.reused if reuse is not None else 0,
+        "cut": reuse.cut if reuse is not None else None,
+    }
+    return json.dumps(values if answer.error is None else values | {"error": answer.error}, ensure_ascii=False)
+
+
+class Output:
+    """The file of answers, and beside it what it was begun with: other settings do not go on with it."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Raises: RequestError where the file was begun with other settings, or is none of ours."""
+        self.path = path
+        beside = path.with_name(f".{path.name}.settings.json")
+        if not path.exists():
+            with replacing(beside) as file:
+                file.write(json.dumps(dict(settings), indent=2).encode())
+            path.touch()
+        elif not beside.exists():
+            raise RequestError(f"{path}: must be new, or begun by this command; it is neither; name another --output")
+        elif (different := first_difference(json.loads(beside.read_bytes()), settings)) is not None:
+            name, there, here = different
+            rule = "must go on with the settings it was begun with"
+            raise RequestError(f"{path}: {rule}; {name} was {there!r}, is {here!r}; name another --output")
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]  # a line that a kill cut short is answered again
+        if len(whole) < len(content):
+            with path.open("r+b") as file:
+                file.truncate(len(whole))
+        self.count = whole.count(b"\n")
+
+    def append(self, line: str) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        self.count += 1
