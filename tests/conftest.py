@@ -46,6 +46,17 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(socket.socket, name, guarded(getattr(socket.socket, name)))
 
 
+@pytest.fixture(scope="session")
+def measured_here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def no_cache_of_the_users(measured_here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tests measure of the machine is kept for the run, and not where the user's own measurements are."""
+    monkeypatch.setattr("nemotron_h.machine.cache_folder", lambda: measured_here)
+
+
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     """Sets torch's threads; what they were is put back."""

@@ -1,9 +1,11 @@
 """An engine's answers are those of `naive.py`, whatever else it does at the time."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +19,10 @@ from nemotron_h.grid import BLOCK
 from nemotron_h.inference.engine import Engine
 from nemotron_h.inference.prefix import Cut
 from nemotron_h.inference.request import Answer, Finish, Request
+from nemotron_h.model.check import Arithmetic
 from nemotron_h.model.hybrid import Hybrid
+from nemotron_h.model.linear import Linear
+from nemotron_h.ops.linear import linear
 from nemotron_h.text.tokenizer import Tokenizer
 from tests.inference.serving import alone, check_alone, check_conserved
 
@@ -387,7 +392,7 @@ def test_reuse_is_separate_by_salt_and_off_where_asked(build: Build) -> None:
 
 def test_where_bits_depend_on_cuts_only_whole_portions_of_a_prompts_grid_are_reused(build: Build) -> None:
     model = build()
-    engine = Engine(model, config=SMALL, exact=False)
+    engine = Engine(model, config=SMALL, arithmetic=Arithmetic(False, 4, ("rows of 96 x 32",), 0.0))
     calls: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
     hidden = model.hidden
 
@@ -446,3 +451,42 @@ def test_requests_that_cannot_be_honoured_are_refused_by_name(build: Build, chan
 def test_settings_that_mean_nothing_are_refused(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         EngineConfig(**change)
+
+
+def test_a_machine_where_bits_depend_on_rows_is_told_and_hits_are_still_what_cold_runs_are(
+    build: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """A product that rounds otherwise with few rows, as a CPU's might."""
+
+    def product(self: Linear, x: Tensor) -> Tensor:
+        y = linear(x, self.weight)
+        return y if len(x) >= 48 else (y.double() * (1 + 2**-20)).to(y.dtype)
+
+    monkeypatch.setattr(Linear, "forward", product)
+    monkeypatch.setattr("nemotron_h.machine.cache_folder", lambda: tmp_path)
+    model = build()
+    with caplog.at_level(logging.WARNING):
+        engine = Engine(model, config=SMALL)
+    assert not engine.arithmetic.holds
+    assert "one arithmetic does not hold on this machine (" in caplog.text
+    request = Request(ids=ids(400), max_tokens=1, logprobs=3)
+    cold, hit = (answered(engine, request)[0] for _ in range(2))
+    assert hit.reuse is not None
+    assert hit.reuse.reused == 384
+    assert hit.logprobs == cold.logprobs
+
+
+def test_rows_are_padded_to_the_multiple_that_was_found(build: Build) -> None:
+    model = build()
+    multiples = set()
+    hidden = model.hidden
+
+    def watched(tokens: Tensor, segments: Any, *rest: Any) -> Tensor:
+        multiples.add(segments.rows % 16)
+        return hidden(tokens, segments, *rest)
+
+    model.hidden = watched  # type: ignore[method-assign]
+    engine = Engine(model, config=SMALL, arithmetic=Arithmetic(True, 16, (), 0.0))
+    answers = answered(engine, *[Request(ids=ids(50, seed=seed), max_tokens=4) for seed in range(3)])
+    assert multiples == {0}
+    check_alone(model, *answers)

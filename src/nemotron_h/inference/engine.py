@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
+from nemotron_h import machine
 from nemotron_h.config.engine import EngineConfig
 from nemotron_h.errors import CapacityError, RequestError
 from nemotron_h.inference import naive
@@ -31,10 +32,12 @@ from nemotron_h.inference.sequence import Sequence as Running
 from nemotron_h.inference.session import APART, Session, Sessions
 from nemotron_h.inference.store import Store
 from nemotron_h.model import fingerprint
+from nemotron_h.model.check import Arithmetic, start_up
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.text.tokenizer import Tokenizer
 
 LOG = logging.getLogger(__name__)
+ARITHMETIC_FILE = "arithmetic.json"  # of what was measured on this machine
 
 
 class Engine:
@@ -46,17 +49,26 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         config: EngineConfig | None = None,
         *,
-        exact: bool = True,
+        arithmetic: Arithmetic | None = None,
     ) -> None:
-        """tokenizer None: ids in, ids out. exact: one arithmetic holds here; where it does not, only what was read in
-        whole portions of a prompt's own grid is reused.
+        """tokenizer None: ids in, ids out. arithmetic: whether one arithmetic holds here, for these shapes; None: it is
+        measured, or known from the last time on this machine. Where it does not hold, only what was read in whole
+        portions of a prompt's own grid is reused.
 
         Raises: CapacityError where the memory does not hold the running sequences; CheckpointError where another
         process has the folder of snapshots.
         """
         self.model, self.tokenizer, self.config = model, tokenizer, config or EngineConfig()
+        self.arithmetic = arithmetic or start_up(model, machine.cache_folder() / ARITHMETIC_FILE)
+        model.row_multiple = self.arithmetic.multiple
+        if not self.arithmetic.holds:
+            LOG.warning(
+                "one arithmetic does not hold on this machine (%s): answers may depend on who is served beside them, "
+                "and only whole portions of prompts are reused",
+                "; ".join(self.arithmetic.failures),
+            )
         self.memory = Memory(model.config, self.config, model.compute_dtype, model.head_weight.device)
-        self.scheduler = Scheduler(self.memory, self.config, exact=exact)
+        self.scheduler = Scheduler(self.memory, self.config, exact=self.arithmetic.holds)
         self.counts = self.scheduler.counts
         # where text is wanted, only ids that stand for some are drawn: vocabularies are padded, and have holes
         known = tokenizer.known_ids if tokenizer is not None else None
@@ -64,7 +76,7 @@ class Engine:
         self._listeners: dict[Answer, deque[Update]] = {}
         self._versions = fingerprint.versions(model)
         self._sessions = Sessions(self.memory, model, tokenizer)
-        if self.config.snapshot_folder is not None and self.config.reuse and exact:
+        if self.config.snapshot_folder is not None and self.config.reuse and self.arithmetic.holds:
             self._open_store(self.config.snapshot_folder)
 
     def add(self, request: Request) -> tuple[Answer, ...]:
