@@ -23,14 +23,16 @@ def verify(
     from nemotron_h.cli.process import settle
     from nemotron_h.cli.pull import folder_of
     from nemotron_h.inference.load import check_precision, load, usable
-    from nemotron_h.model.check import check
+    from nemotron_h.model.check import check, find
 
     check_precision(precision)
     usable(device)
     settle()
     folder = folder_of(path)
     model = load(folder, precision=precision, device=device).model
-    made = f"{str(model.compute_dtype).removeprefix('torch.')} on {model.head_weight.device}"
+    model.row_multiple = find(model).multiple  # as an engine would find it
+    dtype = str(model.compute_dtype).removeprefix("torch.")
+    made = f"{dtype} on {model.head_weight.device}, rows in multiples of {model.row_multiple}"
     if not as_json:
         print(f"{path} in {made}")
     findings = []
