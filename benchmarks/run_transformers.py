@@ -41,4 +41,17 @@ def peak(length: int) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-serve({"version": f"transformers {transformers.__version__}"}, {"prefill": prefill, "decode": decode, "peak": peak})
+@torch.no_grad()
+def serving(count: int, length: int, new: int) -> float:
+    """Tokens per second that come out, of so many prompts at once: one batch, of equal lengths, without padding."""
+    prompts = torch.randint(model.config.vocab_size, (count, length))
+    began = time.perf_counter()
+    out = model.generate(
+        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=new, min_new_tokens=new, do_sample=False
+    )
+    assert out.shape == (count, length + new)
+    return count * new / (time.perf_counter() - began)
+
+
+about = {"version": f"transformers {transformers.__version__}"}
+serve(about, {"prefill": prefill, "decode": decode, "peak": peak, "serving": serving})

