@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -371,6 +372,35 @@ def test_a_hook_steers_its_own_request(build: Build) -> None:
     check_alone(engine.model, first, second)
     assert any(token % 2 for token in first.ids)
     assert not any(token % 2 for token in second.ids)
+
+
+def test_completions_of_a_request_that_reuses_nothing_share_what_they_read_and_nobody_else_does(build: Build) -> None:
+    engine = Engine(build(), config=SMALL)
+    request = Request(ids=ids(100), max_tokens=2, n=3, reuse=False)
+    answers = answered(engine, request)
+    assert engine.counts.read_tokens == 100 + 3
+    answers += answered(engine, request, replace(request, n=1, reuse=True))
+    assert engine.counts.read_tokens == 2 * (100 + 3) + 101
+    check_alone(engine.model, *answers)
+
+
+def test_snapshots_stay_where_all_of_them_would_not_make_room(build: Build) -> None:
+    model = build()
+    engine = Engine(
+        model, config=EngineConfig(max_running=2, memory_bytes=1_000_000, portion_tokens=300, poisoned=True)
+    )
+    pages = engine.memory.sizes.pages
+    answered(engine, Request(ids=ids(100), max_tokens=1))
+    (long,) = engine.add(Request(ids=ids(20, seed=1), max_tokens=(pages - 3) * BLOCK))
+    engine.step()
+    (other,) = engine.add(Request(ids=ids(20, seed=2), max_tokens=4 * BLOCK))
+    engine.step()
+    assert len(engine.scheduler.queue) == 1
+    assert engine.memory.prefixes.match(np.array(ids(100))).reused == 100
+    engine.cancel(long)
+    engine.step()
+    assert other.ids
+    engine.cancel(other)
 
 
 def test_reuse_is_separate_by_salt_and_off_where_asked(build: Build) -> None:

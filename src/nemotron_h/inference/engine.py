@@ -24,12 +24,12 @@ from nemotron_h.errors import CapacityError, RequestError
 from nemotron_h.inference import naive
 from nemotron_h.inference.memory import Memory
 from nemotron_h.inference.prefix import Kind, Snapshot
-from nemotron_h.inference.request import Answer, Finish, Request, Update
+from nemotron_h.inference.request import PRIVATE, Answer, Finish, Request, Update
 from nemotron_h.inference.runner import read
 from nemotron_h.inference.sampling import drawable, logprobs
 from nemotron_h.inference.scheduler import Scheduler, calls
 from nemotron_h.inference.sequence import Sequence as Running
-from nemotron_h.inference.session import APART, Session, Sessions
+from nemotron_h.inference.session import Session, Sessions
 from nemotron_h.inference.store import Store
 from nemotron_h.model import fingerprint
 from nemotron_h.model.check import Arithmetic, start_up
@@ -85,10 +85,19 @@ class Engine:
         Raises: RequestError, naming the field; CapacityError for what can never fit.
         """
         self.check(request)
-        answers = []
+        answers, salt = [], request.cache_salt if request.reuse else None
+        if salt is None and request.n > 1:
+            salt = f"{PRIVATE}{self.counts.requests}"  # they share what they read, with nobody else
         for index in range(request.n):
             self.counts.requests += 1
-            sequence = Running.of(request, index, self.counts.requests, self.tokenizer, self._drawn_from)
+            sequence = Running.of(
+                request,
+                index,
+                number=self.counts.requests,
+                salt=salt,
+                tokenizer=self.tokenizer,
+                drawn_from=self._drawn_from,
+            )
             self.scheduler.queue.append(sequence)
             answers.append(sequence.answer)
         return tuple(answers)
@@ -278,7 +287,7 @@ class Engine:
     def _spill(self, snapshot: Snapshot) -> None:
         """A snapshot goes to make room: the folder may keep it."""
         store, salt = self.scheduler.store, snapshot.node.salt
-        worth_a_file = snapshot.node.end >= self.config.portion_tokens and not salt.startswith(APART)
+        worth_a_file = snapshot.node.end >= self.config.portion_tokens and not salt.startswith(PRIVATE)
         if store is not None and worth_a_file:
             store.put(snapshot.node.path, salt, snapshot.kind, self.memory.saved([snapshot]))
 

@@ -219,6 +219,8 @@ class Memory:
     def audit(self, row: int, snapshot: Snapshot, logits: Tensor) -> None:
         """Compare a row that was read cold, and its logits (vocab,), with what a hit on the snapshot would get: set up
         as for a hit. A cache that was wrong once is not asked again."""
+        if self._paged and not self._make_room(1):
+            return  # no page to set it up in
         self.restore(self.scratch, snapshot)
         found = self.state.difference(row, self.scratch)
         if found is None and not same_bits(self.logits[snapshot.slot], logits):
@@ -230,15 +232,19 @@ class Memory:
             self.forget()
 
     def _make_room(self, count: int) -> bool:
-        """Let snapshots go until so many pages are free and not promised; whether they are."""
-        owed = sum(
-            max(0, promised - len(table))
-            for promised, table in zip(self.promised, self.state.tables[: len(self.promised)], strict=True)
-        )
+        """Let snapshots go until so many pages are free and not promised; whether they are. Where all of them would not
+        be enough, none goes."""
+        tables = self.state.tables
+        owed = sum(max(0, promised - len(tables[row])) for row, promised in enumerate(self.promised))
+        if len(self.pages.free) - owed >= count:
+            return True
+        pinned = [slot for slot, snapshot in self.prefixes.snapshots.items() if snapshot.pins]
+        stay = {page for row in (*range(len(self.promised)), *pinned) for page in tables[row]}
+        if self.sizes.pages - len(stay) - owed < count:
+            return False
         while len(self.pages.free) - owed < count:
             worst = self.prefixes.worst()
-            if worst is None:
-                return False
+            assert worst is not None
             self.spill(worst)
             self.drop(worst)
         return True

@@ -14,6 +14,7 @@ from nemotron_h.inference.prefix import Cut
 from nemotron_h.inference.sampling import LogitsHook, Logprobs
 
 GREEDY = Sampling()
+PRIVATE = "\0"  # the beginning of salts that are the engine's own, and never written to a folder
 
 
 class Finish(StrEnum):
@@ -43,7 +44,7 @@ class Request:
     logprobs: int | None = None  # of each token, and of so many of the likeliest beside; None: of none
     hook: LogitsHook | None = None  # changes the logits before a token is drawn
     boundaries: Sequence[int] = ()  # places in ids where another prompt may part from this one
-    cache_salt: str = ""  # only requests of one salt reuse what each other has read
+    cache_salt: str = ""  # only requests of one salt reuse what each other has read; those after a NUL are private
     reuse: bool = True
 
     def __post_init__(self) -> None:

@@ -102,8 +102,9 @@ class Scheduler:
         if logits is None or not torch.isfinite(logits).all():
             return
         if sequence.audited is not None and place == sequence.audited.node.end:
-            self.counts.audits += 1
-            memory.audit(row, sequence.audited, logits)
+            if sequence.audited.kept:
+                self.counts.audits += 1
+                memory.audit(row, sequence.audited, logits)
             sequence.let_go()
         if sequence.salt is not None and memory.distrusted is None:
             awaited = awaited or place in sequence.awaited

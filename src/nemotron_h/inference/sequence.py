@@ -32,7 +32,14 @@ class Sequence:
 
     @classmethod
     def of(
-        cls, request: Request, index: int, number: int, tokenizer: Tokenizer | None, drawn_from: Tensor | None
+        cls,
+        request: Request,
+        index: int,
+        *,
+        number: int,
+        salt: str | None,
+        tokenizer: Tokenizer | None,
+        drawn_from: Tensor | None,
     ) -> Self:
         """The request's completion of that index. drawn_from: where the request does not say."""
         ids, generated = ([int(token) for token in tokens] for tokens in (request.ids, request.generated))
@@ -51,7 +58,7 @@ class Sequence:
             sampler=sampler,
             tokens=ids + generated,
             prompt=np.array(ids, dtype=np.int64),
-            salt=request.cache_salt if request.reuse else None,
+            salt=salt,
             text=text,
             stop=stop,
         )

@@ -22,12 +22,12 @@ from nemotron_h.errors import RequestError
 from nemotron_h.inference import session_file
 from nemotron_h.inference.memory import Memory
 from nemotron_h.inference.prefix import Kind, Snapshot
-from nemotron_h.inference.request import Request
+from nemotron_h.inference.request import PRIVATE, Request
 from nemotron_h.model import fingerprint
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.text.tokenizer import Tokenizer
 
-APART = "\0inexact "  # the beginning of salts that only one restored session has
+APART = f"{PRIVATE}inexact "  # the beginning of salts that only one restored session has
 MOST = 4  # snapshots that a session holds: where its last turns ended and parted
 
 
