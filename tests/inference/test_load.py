@@ -254,3 +254,20 @@ def test_a_message_is_answered_through_the_checkpoints_template(folder: Path, to
 def test_a_precision_that_is_never_slow_is_not_measured(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "rates", lambda device: pytest.fail("measured"))
     assert load(folder, precision="float32").model.compute_dtype == torch.float32
+
+
+def test_the_marks_of_thinking_are_in_a_reply_though_they_are_control_tokens(
+    build: Build, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in Nemotron 3, whose `</think>` is a special token."""
+    data = json.loads((folder / TOKENIZER_FILE).read_text(encoding="utf-8"))
+    data["added_tokens"].append({**data["added_tokens"][-1], "id": 330, "content": "</think>", "special": True})
+    (folder / TOKENIZER_FILE).write_text(json.dumps(data), encoding="utf-8")
+    language = read(folder, dtype=torch.float32)
+    assert language.tokenizer is not None
+    source = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    own = LanguageModel(language.model, language.tokenizer, replace(language.companions, chat_template=source))
+    ids = [*language.tokenizer.encode("so"), 330, *language.tokenizer.encode("yes"), *own.model.config.eos_token_ids]
+    drawn = iter(ids)
+    monkeypatch.setattr(Sampler, "draw", lambda self, logits: next(drawn))
+    assert "".join(own.chat([{"role": "user", "content": "the"}])) == "so</think>yes"

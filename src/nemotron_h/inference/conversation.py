@@ -30,15 +30,13 @@ from nemotron_h.errors import DataError, RequestError
 from nemotron_h.inference.load import LanguageModel
 from nemotron_h.inference.prefix import common
 from nemotron_h.inference.request import Answer, Finish
-from nemotron_h.text.calls import CLOSERS
-from nemotron_h.text.spans import THINK, THINK_END, Piece, SpanParser
+from nemotron_h.text.spans import THINK, THINK_END, Piece, SpanParser, mark_ids
 from nemotron_h.text.stream import TextStream
 from nemotron_h.text.template import Message, Prompt
 from nemotron_h.text.tokenizer import Tokenizer
 
 KEY = "conversation"  # of ours in a session file's extra
 FIRST_LETTERS = ("A", "")  # of replies; one that was stopped in its thinking has none
-MARKS = (THINK, THINK_END, *CLOSERS, *CLOSERS.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,12 +251,10 @@ def unlike(text: str) -> str:
 
 
 def texts(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """The text of ids as they come, marks of thinking and of calls included: where they are special tokens, decoding
-    leaves them out."""
-    marks = {tokenizer.token_id(name): name for name in MARKS if name in tokenizer.control_options}
-    stream = TextStream(tokenizer)
+    """The text of ids as they come, marks of thinking and of calls included."""
+    stream = TextStream(tokenizer, visible=mark_ids(tokenizer))
     for token in ids:
-        yield marks.get(token) or stream.push(token)
+        yield stream.push(token)
     yield stream.finish()
 
 

@@ -106,7 +106,7 @@ class LanguageModel:
         variables: of the chat template, such as enable_thinking. Raises: RequestError for what it does not take.
         """
         prompt = self.template.encode(messages, tools=tools, variables=variables, add_generation_prompt=True)
-        return self._stream(prompt.ids, max_tokens=max_tokens, sampling=sampling, stop=stop, ignore_end=False)
+        return self._stream(prompt.ids, max_tokens=max_tokens, sampling=sampling, stop=stop, marks_visible=True)
 
     @cached_property
     def engine(self) -> Engine:

@@ -40,6 +40,7 @@ class Request:
     n: int = 1  # completions, number i drawn with seed + i; the prompt is read once
     ends: Collection[int] = ()  # an answer ends before one of these
     stop: Sequence[str] = ()  # and before the first of these texts; needs a tokenizer
+    marks_visible: bool = False  # in the text: control tokens of thinking and of calls, which decoding may leave out
     drawn_from: Tensor | None = None  # (vocab,) bool, of `sampling.drawable`; None: all that the tokenizer knows
     logprobs: int | None = None  # of each token, and of so many of the likeliest beside; None: of none
     hook: LogitsHook | None = None  # changes the logits before a token is drawn

@@ -9,6 +9,7 @@ from torch import Tensor
 from nemotron_h.inference.prefix import Keys, Kind, Snapshot
 from nemotron_h.inference.request import Answer, Request
 from nemotron_h.inference.sampling import Sampler
+from nemotron_h.text.spans import mark_ids
 from nemotron_h.text.stream import StopStrings, TextStream
 from nemotron_h.text.tokenizer import Tokenizer
 
@@ -43,7 +44,9 @@ class Sequence:
     ) -> Self:
         """The request's completion of that index. drawn_from: where the request does not say."""
         ids, generated = ([int(token) for token in tokens] for tokens in (request.ids, request.generated))
-        text, stop = TextStream(tokenizer) if tokenizer is not None else None, StopStrings(request.stop)
+        text, stop = None, StopStrings(request.stop)
+        if tokenizer is not None:
+            text = TextStream(tokenizer, visible=mark_ids(tokenizer) if request.marks_visible else ())
         said = "".join(stop.push(text.push(token)) for token in generated) if text is not None else ""
         sampler = Sampler(
             replace(request.sampling, seed=request.sampling.seed + index),

@@ -28,7 +28,7 @@ from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.text.tokenizer import Tokenizer
 
 APART = f"{PRIVATE}inexact "  # the beginning of salts that only one restored session has
-MOST = 4  # snapshots that a session holds: where its last turns ended and parted
+MOST = 4  # snapshots that a session holds beside the first: where its last turns ended and parted
 
 
 class Sessions:
@@ -49,6 +49,8 @@ class Sessions:
     ) -> "Session":
         """Of these ids, as far as they are known. prompt_tokens: of them; None: all."""
         way = self.memory.prefixes.along(np.array(ids, dtype=np.int64), salt)
+        # not those on the way through a long prompt, which are for prompts that are edited there
+        way = [snapshot for snapshot in way if snapshot.kind is not Kind.TAIL]
         return Session(
             sessions=self,
             ids=[int(token) for token in ids],
@@ -56,8 +58,7 @@ class Sessions:
             sampling=sampling,
             salt=salt,
             extra=extra or {},
-            # not those on the way through a long prompt, which are for prompts that are edited there
-            held=[snapshot for snapshot in way if snapshot.kind is not Kind.TAIL][-MOST:],
+            held=[*way[:-MOST][:1], *way[-MOST:]],
         )
 
     def write(self, session: "Session", path: Path) -> None:

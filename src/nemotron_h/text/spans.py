@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from nemotron_h.text.calls import CLOSERS, HEADS, FaultyCallError, ToolCall, opened_only, read_calls
 from nemotron_h.text.stream import StopStrings
+from nemotron_h.text.tokenizer import Tokenizer
 
 THINK, THINK_END = "<think>", "</think>"
 MARKERS = (THINK, THINK_END, *CLOSERS)
@@ -36,6 +37,12 @@ class Piece:
     text: str  # as it came
     calls: tuple[ToolCall, ...] = ()  # of a whole block of calls
     fault: str | None = None  # why content that begins like a call is none
+
+
+def mark_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """The control tokens that mark spans, in a vocabulary that has some: decoding may leave them out."""
+    names = {*MARKERS, *CLOSERS.values()}
+    return frozenset(tokenizer.token_id(name) for name in names if name in tokenizer.control_options)
 
 
 class SpanParser:

@@ -4,7 +4,7 @@ pieces of push and finish, joined = decode of all the ids
 """
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from nemotron_h.errors import RequestError
 from nemotron_h.text.tokenizer import Tokenizer
@@ -13,10 +13,10 @@ from nemotron_h.text.tokenizer import Tokenizer
 class TextStream:
     """Decodes ids one by one; bytes that may yet become a character are held back (three at most)."""
 
-    def __init__(self, tokenizer: Tokenizer, *, special_visible: bool = False) -> None:
-        """special_visible: as in Tokenizer.decode."""
+    def __init__(self, tokenizer: Tokenizer, *, special_visible: bool = False, visible: Collection[int] = ()) -> None:
+        """special_visible: as in Tokenizer.decode; visible: these of the special tokens appear by name, too."""
         self._tokenizer = tokenizer
-        self._hidden = frozenset() if special_visible else tokenizer.special_ids
+        self._hidden = frozenset() if special_visible else tokenizer.special_ids.difference(visible)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
