@@ -107,7 +107,10 @@ def test_ids_as_a_line(command: Command, folder: Path) -> None:
         (["x", "--stop", ""], "stop: must not hold an empty string"),
         (["x", "--precision", "int3"], "precision: must be one of auto, bfloat16, float32; got 'int3'"),
         ([], "prompt: must be given once, as PROMPT, --prompt-file, --ids, --batch; got none"),
-        (["x", "--ids", "5"], "prompt: must be given once, as PROMPT, --prompt-file, --ids, --batch; got PROMPT and --ids"),
+        (
+            ["x", "--ids", "5"],
+            "prompt: must be given once, as PROMPT, --prompt-file, --ids, --batch; got PROMPT and --ids",
+        ),
         (["--ids", "5,x"], "ids: must be whole numbers"),
         (["--ids", ""], "ids: must be whole numbers"),
         (["--ids", "5,320"], "ids: must be integers in 0..319; got 320 at place 1"),

@@ -1,32 +1,135 @@
 """What an engine's answers are compared with, and what must hold of its memory at any time."""
 
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import islice, takewhile
 
+from torch import Tensor
+
+from nemotron_h.config.engine import EngineConfig
 from nemotron_h.inference import naive
 from nemotron_h.inference.engine import Engine
-from nemotron_h.inference.request import Answer, Logprobs
-from nemotron_h.inference.sampling import Sampler, logprobs
+from nemotron_h.inference.memory import Sizes
+from nemotron_h.inference.request import Answer, Finish, Request
+from nemotron_h.inference.sampling import Logprobs, Sampler, logprobs
+from nemotron_h.inference.session import Session
 from nemotron_h.model.hybrid import Hybrid
+from nemotron_h.model.state import AttentionState, MambaState, page_bytes, slot_bytes
+
+Draws = Iterable[tuple[int, Tensor]]  # each new token, and the logits (vocab,) that it was drawn from
+
+
+class Alone:
+    """The answers of one model as they are without cache, batch or queue, each worked out once."""
+
+    def __init__(self, model: Hybrid, *, most: int = 256) -> None:
+        """most: prompts remembered. Each keeps a state, to draw further from."""
+        self.model, self.most = model, most
+        self._known: dict[object, Memoised] = {}
+
+    def __call__(self, answer: Answer) -> tuple[list[int], list[Logprobs]]:
+        request, hook = answer.request, answer.request.hook
+        assert request.drawn_from is None  # a tensor is no key
+        key = tuple(request.ids), replace(request.sampling, seed=request.sampling.seed + answer.index), hook
+        known = self._known.pop(key, None) or Memoised(draws(self.model, request, answer.index), [])
+        self._known[key] = known
+        for oldest in list(self._known)[: -self.most]:
+            del self._known[oldest]
+        return as_asked(request, known)
+
+
+@dataclass
+class Memoised:
+    """What an iterator gave, to be gone through again."""
+
+    rest: Iterator[tuple[int, Tensor]]
+    given: list[tuple[int, Tensor]]
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        yield from self.given
+        for one in self.rest:
+            self.given.append(one)
+            yield one
 
 
 def alone(model: Hybrid, answer: Answer) -> tuple[list[int], list[Logprobs]]:
-    """The tokens of a whole answer and their log-probabilities as they are without cache, batch or queue."""
-    request = answer.request
-    sampling = replace(request.sampling, seed=request.sampling.seed + answer.index)
+    """The tokens of a whole answer, and the log-probabilities of those drawn for it, as they are alone."""
+    return as_asked(answer.request, draws(model, answer.request, answer.index))
+
+
+def draws(model: Hybrid, request: Request, index: int) -> Iterator[tuple[int, Tensor]]:
+    """Of a request's completion, without end."""
+    sampling = replace(request.sampling, seed=request.sampling.seed + index)
     sampler = Sampler(sampling, prompt=request.ids, drawn_from=request.drawn_from, hook=request.hook)
-    new = list(naive.draws(model, request.ids, request.max_tokens, sampler, request.ends))
-    chances = [] if request.logprobs is None else [logprobs(row, token, request.logprobs) for token, row in new]
-    return [token for token, _ in new], chances
+    return naive.draws(model, request.ids, 2**31, sampler, ())
 
 
-def check_alone(model: Hybrid, *answers: Answer) -> None:
+def as_asked(request: Request, draws: Draws) -> tuple[list[int], list[Logprobs]]:
+    """Up to an end or to max_tokens; the tokens drawn before have no log-probabilities."""
+    asked = list(takewhile(lambda draw: draw[0] not in request.ends, islice(draws, request.max_tokens)))
+    new = asked[len(request.generated) :] if request.logprobs is not None else []
+    return [token for token, _ in asked], [logprobs(row, token, request.logprobs or 0) for token, row in new]
+
+
+def check_alone(model: Hybrid | Alone, *answers: Answer) -> None:
     """Each answer, as far as it came, is what it would have been alone: tokens and log-probabilities to the bit."""
     for answer in answers:
-        ids, chances = alone(model, answer)
-        assert answer.ids == ids[: len(answer.ids)]
-        assert answer.logprobs == chances[: len(answer.ids)]
-        assert answer.finish in ("cancelled", "time") or len(answer.ids) == len(ids)
+        check_answer(answer, *(model(answer) if isinstance(model, Alone) else alone(model, answer)))
+
+
+def check_answer(answer: Answer, ids: list[int], chances: list[Logprobs]) -> None:
+    """The answer is these whole tokens and log-probabilities, as far as it came, and ended as they do."""
+    assert answer.ids == ids[: len(answer.ids)]
+    assert answer.logprobs == chances[: len(answer.ids) - len(answer.request.generated)]
+    if answer.finish not in (Finish.CANCELLED, Finish.TIME, None):
+        whole = Finish.END if len(ids) < answer.request.max_tokens else Finish.LENGTH
+        assert (answer.finish, len(answer.ids)) == (whole, len(ids)), answer.error
+
+
+def budget(model: Hybrid, *, pages: int, snapshots: int, max_running: int, **settings: object) -> EngineConfig:
+    """Settings that give room for exactly so many pages and snapshots, all poisoned when they are freed."""
+    slot, page = (size(model.config, model.compute_dtype) for size in (slot_bytes, page_bytes))
+    rest = pages * page + snapshots * (slot + 4 * model.config.vocab_size) + max(page - 1, 0)
+    config = EngineConfig(
+        max_running=max_running,
+        memory_bytes=max(1, (max_running + 1) * slot + rest),
+        pages_fraction=(pages + 0.5) * page / rest if rest and snapshots else 0.5,
+        max_snapshots=snapshots,
+        poisoned=True,
+        **settings,  # type: ignore[arg-type]
+    )
+    sizes = Sizes.of(model.config, config, model.compute_dtype, 0)
+    assert (sizes.pages, sizes.snapshots) == (pages if page else 0, snapshots), sizes
+    return config
+
+
+def erase(engine: Engine) -> None:
+    """Fill storage that was never used with NaN too, as what is freed later will be."""
+    state = engine.memory.state
+    for slot in range(len(state)):
+        state.poison_slot(slot)
+    state.poison_pages(range(engine.memory.sizes.pages))
+
+
+def check_erased(engine: Engine) -> None:
+    """Nothing is left of what nobody holds. Of an engine that was erased when it was new."""
+    memory, running = engine.memory, len(engine.scheduler.running)
+    for layer in memory.state.layers:
+        free = memory.pages.free
+        if isinstance(layer, MambaState):
+            free = [*range(running, memory.scratch + 1), *memory.prefixes.free]
+        if isinstance(layer, MambaState | AttentionState):
+            assert all(getattr(layer, field.name)[free].isnan().all() for field in fields(layer))
+
+
+def check_pinned(engine: Engine, sessions: Sequence[Session]) -> None:
+    """Snapshots are held by those sessions, which are open, and by audits under way, and by nobody else."""
+    audited = [sequence.audited for sequence in engine.scheduler.running if sequence.audited is not None]
+    held = Counter([snapshot.slot for session in sessions for snapshot in session.snapshots])
+    held += Counter([snapshot.slot for snapshot in audited if snapshot.kept])
+    for slot, snapshot in engine.memory.prefixes.snapshots.items():
+        assert snapshot.pins == held[slot], snapshot.node.end
 
 
 def check_conserved(engine: Engine) -> None:
@@ -44,6 +147,11 @@ def check_conserved(engine: Engine) -> None:
         assert state.positions[slot] == snapshot.node.end
     for row, sequence in enumerate(engine.scheduler.running):
         assert 0 <= state.positions[row] <= len(sequence.tokens)
-        assert len(state.tables[row]) <= memory.promised[row]
+        assert not memory.sizes.pages or len(state.tables[row]) <= memory.promised[row]
     counts = engine.counts
     assert counts.prompt_tokens == counts.reused_tokens + sum(counts.lost_tokens.values())
+    # whoever runs can have all that it was promised
+    owed = sum(max(0, memory.promised[row] - len(state.tables[row])) for row in range(running))
+    assert owed <= len(memory.pages.free)
+    for snapshot in prefixes.snapshots.values():
+        assert prefixes.along(snapshot.node.path, snapshot.node.salt)[-1:] == [snapshot]

@@ -14,6 +14,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -26,7 +27,7 @@ from nemotron_h.inference.memory import Memory
 from nemotron_h.inference.prefix import Kind, Snapshot
 from nemotron_h.inference.request import PRIVATE, Answer, Finish, Request, Update
 from nemotron_h.inference.runner import read
-from nemotron_h.inference.sampling import drawable, logprobs
+from nemotron_h.inference.sampling import Logprobs, drawable, logprobs
 from nemotron_h.inference.scheduler import Scheduler, calls
 from nemotron_h.inference.sequence import Sequence as Running
 from nemotron_h.inference.session import Session, Sessions
@@ -74,8 +75,9 @@ class Engine:
         known = tokenizer.known_ids if tokenizer is not None else None
         self._drawn_from = drawable(known, model.config.vocab_size)
         self._listeners: dict[Answer, deque[Update]] = {}
+        self._updates: list[Update] = []  # of the step at hand
         self._versions = fingerprint.versions(model)
-        self._sessions = Sessions(self.memory, model, tokenizer)
+        self._sessions = Sessions(self.memory, model, tokenizer, exact=self.arithmetic.holds)
         if self.config.snapshot_folder is not None and self.config.reuse and self.arithmetic.holds:
             self._open_store(self.config.snapshot_folder)
 
@@ -107,6 +109,8 @@ class Engine:
         naive.check(self.model, [*request.ids, *request.generated], request.max_tokens)
         if request.stop and self.tokenizer is None:
             raise RequestError("stop: needs an engine with a tokenizer; got none; cut the ids yourself")
+        if request.logprobs is not None and request.logprobs > self.model.config.vocab_size:
+            raise RequestError(f"logprobs: must lie in 0..{self.model.config.vocab_size}; got {request.logprobs}")
         self.memory.check_fits(len(request.ids) + request.max_tokens - 1)
 
     def stream(self, request: Request) -> Iterator[Update]:
@@ -114,10 +118,13 @@ class Engine:
         meanwhile; to close the stream cancels its own."""
         answers, updates = self.add(request), deque[Update]()
         self._listeners |= dict.fromkeys(answers, updates)
-        return self._stream(answers, updates)
+        stream = self._stream(answers, updates)
+        next(stream)  # into its `try`: a stream that is closed before it is read ends its request, too
+        return stream
 
     def _stream(self, answers: tuple[Answer, ...], updates: deque[Update]) -> Iterator[Update]:
         try:
+            yield Update(answers[0], None, "")
             while updates or any(answer.finish is None for answer in answers):
                 if updates:
                     yield updates.popleft()
@@ -142,26 +149,48 @@ class Engine:
         """End an answer now; what it has stands. One that has ended stays as it is."""
         for sequence in (*self.scheduler.running, *self.scheduler.queue):
             if sequence.answer is answer:
-                self._told(self._end(sequence, Finish.CANCELLED))
+                with self._all_or_nothing():
+                    self._end(sequence, Finish.CANCELLED)
 
     def step(self) -> list[Update]:
-        """Do one pass. Returns what it did to each answer."""
-        self._notice_weights()
+        """Do one pass. Returns what it did to each answer.
+
+        A step that is interrupted is done again by the next one, to the same bits: who was being read begins anew.
+        """
+        self._updates = []
         scheduler = self.scheduler
-        updates = self._draw() + self._overdue() + self._admit()
-        if scheduler.running:
+        with self._all_or_nothing():
+            self._notice_weights()
+            self._draw()
+            self._end_overdue()
+            self._admit()
             counts, _ = scheduler.shares()
-            try:
-                for row, count in enumerate(counts):
-                    self.memory.extend(row, count)
-                rows = calls(counts, alone=not scheduler.exact)
-                read(self.model, self.memory.state, scheduler.running, counts, rows)
-            except BaseException:
-                scheduler.retract()
-                raise
+            for row, count in enumerate(counts):
+                self.memory.extend(row, count)
+        if not counts:
+            return self._updates
+        try:
+            rows = calls(counts, alone=not scheduler.exact)
+            read(self.model, self.memory.state, scheduler.running, counts, rows)
+        except BaseException:
+            scheduler.retract()  # rows are half-written, and nothing else is
+            raise
+        with self._all_or_nothing():
             scheduler.read(counts)
-            updates += self._draw()
-        return self._told(updates)
+            self._draw()
+        return self._updates
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """What ends in the middle of this leaves nothing of what was read: half a change of it would be trusted."""
+        try:
+            yield
+        except BaseException:
+            self.scheduler.reset()
+            for sequence in list(self.scheduler.queue):
+                if sequence.finish is not None:  # its last token had come
+                    self._end(sequence, sequence.finish)
+            raise
 
     def session(self, of: Answer | Sequence[int], *, salt: str = "", extra: Mapping[str, Any] | None = None) -> Session:
         """Hold what is known of an answer, as far as it has come, or of ids. salt: of ids. extra: plain values of your
@@ -169,7 +198,7 @@ class Engine:
         if not isinstance(of, Answer):
             return self._sessions.held(of, salt=salt, extra=extra)
         for row, sequence in enumerate(self.scheduler.running):
-            if sequence.answer is of:
+            if sequence.answer is of and self.scheduler.exact:
                 self.scheduler.keep(row, sequence, Kind.REPLY, awaited=True)
         request = of.request
         return self._sessions.held(
@@ -212,76 +241,70 @@ class Engine:
         self._versions = versions
         self.scheduler.retract()
         self.memory.forget()
-        self._sessions = Sessions(self.memory, self.model, self.tokenizer)
+        self._sessions = Sessions(self.memory, self.model, self.tokenizer, exact=self.arithmetic.holds)
         if self.scheduler.store is not None:
             LOG.warning("the weights have changed: the folder of snapshots is not used any more")
             self._close_store()
 
-    def _told(self, updates: list[Update]) -> list[Update]:
-        for update in updates:
-            if update.answer in self._listeners:
-                self._listeners[update.answer].append(update)
-        return updates
+    def _tell(self, answer: Answer, token: int | None, text: str, chances: Logprobs | None = None) -> None:
+        """What was done to an answer, for those who ask."""
+        update = Update(answer, token, text, chances)
+        self._updates.append(update)
+        if answer in self._listeners:
+            self._listeners[answer].append(update)
 
-    def _overdue(self) -> list[Update]:
+    def _end_overdue(self) -> None:
         """End those whose time is up."""
-        now, updates = time.perf_counter(), list[Update]()
+        now = time.perf_counter()
         for sequence in (*self.scheduler.running, *self.scheduler.queue):
             limit = sequence.answer.request.max_seconds
             if limit is not None and now - sequence.answer.added > limit:
-                updates += self._end(sequence, Finish.TIME)
-        return updates
+                self._end(sequence, Finish.TIME)
 
-    def _admit(self) -> list[Update]:
+    def _admit(self) -> None:
         """Let those begin who can. Whoever was read before to its last token is given the next at once."""
-        updates: list[Update] = []
         while True:
             try:
                 if self.scheduler.admit() is None:
-                    return updates
+                    return
             except CapacityError as error:
-                updates += self._end(self.scheduler.queue[0], Finish.ERROR, str(error))
-            updates += self._draw()
+                self._end(self.scheduler.queue[0], Finish.ERROR, str(error))
+            self._draw()
 
-    def _draw(self) -> list[Update]:
+    def _draw(self) -> None:
         """Give those that have read all their tokens the next."""
-        scheduler, updates = self.scheduler, list[Update]()
+        scheduler = self.scheduler
         for sequence, position in list(zip(scheduler.running, scheduler.positions, strict=True)):
             if position == len(sequence.tokens):
-                updates += self._drawn(sequence)
-        return updates
+                self._drawn(sequence)
 
-    def _drawn(self, sequence: Running) -> list[Update]:
+    def _drawn(self, sequence: Running) -> None:
         answer, request, logits = sequence.answer, sequence.answer.request, sequence.logits
         assert logits is not None
         try:
             token = sequence.sampler.draw(logits)
         except RequestError as error:
-            return self._end(sequence, Finish.ERROR, str(error))
+            self._end(sequence, Finish.ERROR, str(error))
+            return
         if token in request.ends:
-            return self._end(sequence, Finish.END)
+            self._end(sequence, Finish.END)
+            return
         answer.begun = answer.begun or time.perf_counter()
         chances = None if request.logprobs is None else logprobs(logits, token, request.logprobs)
-        if chances is not None:
-            answer.logprobs.append(chances)
-        updates = [Update(answer, token, sequence.take(token), chances)]
-        if sequence.stop.found is not None:
-            updates += self._end(sequence, Finish.STOP)
-        elif len(answer.ids) == request.max_tokens:
-            updates += self._end(sequence, Finish.LENGTH)
-        return updates
+        self._tell(answer, token, sequence.take(token, chances), chances)
+        if sequence.finish is not None:
+            self._end(sequence, sequence.finish)
 
-    def _end(self, sequence: Running, finish: Finish, error: str | None = None) -> list[Update]:
+    def _end(self, sequence: Running, finish: Finish, error: str | None = None) -> None:
         """A sequence leaves; what it has read stays for reuse."""
         answer = sequence.answer
-        self.scheduler.leave(sequence, damaged=finish is Finish.ERROR)
-        rest = sequence.finish()
         answer.finish, answer.error, answer.ended = finish, error, time.perf_counter()
-        return [Update(answer, None, rest)]
+        self._tell(answer, None, sequence.rest())
+        self.scheduler.leave(sequence, damaged=finish is Finish.ERROR)
 
     def _open_store(self, folder: Path) -> None:
-        arithmetic = fingerprint.arithmetic(self.model)
-        store = Store(folder, self.config.snapshot_folder_bytes, self._sessions.prints, arithmetic)
+        prints, arithmetic = self._sessions.prints, self._sessions.arithmetic
+        store = Store(folder, self.config.snapshot_folder_bytes, prints, arithmetic)
         self.scheduler.store, self.memory.spill = store, self._spill
 
     def _spill(self, snapshot: Snapshot) -> None:

@@ -92,14 +92,18 @@ class Memory:
                 "ask for less, or give the engine more memory"
             )
 
-    def begin(self, row: int, match: Match, tokens: int) -> bool:
-        """A sequence begins in a row, after what is reused; False where pages are wanting for its `tokens`."""
+    def begin(self, row: int, match: Match, tokens: int, *, beside: Snapshot | None = None) -> bool:
+        """A sequence begins in a row, after what is reused; False where pages are wanting for its `tokens`. beside: a
+        snapshot that must not go for it."""
         snapshot = match.snapshot
-        if snapshot is not None:
-            snapshot.pins += 1  # it must not go to make room for its own use
-        fits = self._make_room(self.blocks(tokens) - match.reused // BLOCK if self._paged else 0)
-        if snapshot is not None:
-            snapshot.pins -= 1
+        held = [one for one in (snapshot, beside) if one is not None]
+        for one in held:
+            one.pins += 1  # it must not go to make room for its own use
+        try:
+            fits = self._make_room(self.blocks(tokens) - match.reused // BLOCK if self._paged else 0)
+        finally:
+            for one in held:
+                one.pins -= 1
         if not fits:
             return False
         if snapshot is None:
@@ -167,7 +171,7 @@ class Memory:
 
         places: position and kind of each, the deepest last. Raises: CapacityError where they do not fit.
         """
-        row, held = self.scratch, list[Snapshot]()
+        row, held, new = self.scratch, list[Snapshot](), list[Snapshot]()
         deepest = places[-1][0] if places else 0
         if not self._make_room(self.blocks(deepest)):
             raise CapacityError(
@@ -183,11 +187,17 @@ class Memory:
                     own |= _beginning(tensors, "pages.")
                 self.state.load(row, place, table[: self.blocks(place)], own)
                 snapshot = self.keep(row, keys[:place], salt, kind, logits, awaited=True)
+                new += [snapshot] if snapshot is not None else []
                 snapshot = snapshot or self.prefixes.insert(keys[:place], salt).snapshot
                 if snapshot is None:
                     raise CapacityError("session: needs a slot for a snapshot; all are held; close another session")
+                snapshot.kind = kind
                 snapshot.pins += 1  # the next one must not take its slot
                 held.append(snapshot)
+        except BaseException:
+            for snapshot in new:
+                self.drop(snapshot)
+            raise
         finally:
             for snapshot in held:
                 snapshot.pins -= 1
@@ -198,6 +208,21 @@ class Memory:
     def drop(self, snapshot: Snapshot) -> None:
         self.prefixes.drop(snapshot)
         self._emptied(snapshot.slot)
+
+    def reset(self) -> None:
+        """As it was before anything was read, whatever state it is in: something ended in the middle."""
+        self.pages = Pages(self.sizes.pages)
+        for snapshot in self.prefixes.snapshots.values():
+            snapshot.node.snapshot = None
+        self.prefixes = Prefixes(self.slots)
+        self.logits.clear()
+        self.promised = [0] * len(self.promised)
+        for slot in range(len(self.state)):
+            self.state.tables[slot], self.state.positions[slot] = [], 0
+            if self._poisoned:
+                self.state.poison_slot(slot)
+        if self._poisoned:
+            self.state.poison_pages(range(self.sizes.pages))
 
     def forget(self) -> None:
         """Everything that was read: no snapshot stays, not even one that is held, and nothing is known."""

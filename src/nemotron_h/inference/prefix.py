@@ -169,7 +169,7 @@ class Prefixes:
             node = self._split(node, matched)
         if matched < len(keys):
             node = self._grown(node, keys[matched:])
-        self._forget()
+        self._forget(node)
         return node
 
     def offer(self, node: Node, kind: Kind, *, awaited: bool = False) -> tuple[Snapshot | None, Snapshot | None]:
@@ -241,10 +241,11 @@ class Prefixes:
         self.tokens += len(keys)
         return node
 
-    def _forget(self) -> None:
-        """Where too many keys are known, forget the leaves that were unused for longest."""
+    def _forget(self, new: Node) -> None:
+        """Where too many keys are known, forget the leaves that were unused for longest, but for a new one."""
         while self.tokens > self.remembered_tokens:
             leaves = [node for node in self._nodes() if not node.children and node.snapshot is None and node.parent]
+            leaves = [leaf for leaf in leaves if leaf is not new]
             if not leaves:
                 return
             leaves.sort(key=lambda leaf: leaf.used)

@@ -44,7 +44,6 @@ class Sampler:
         drawn_from: (vocab,) bool, as `drawable` gives it; None: all tokens.
         """
         self.sampling = sampling
-        self.generated = list(generated)
         self.hook = hook
         self.allowed = None if drawn_from is None else drawn_from.cpu().numpy()
         self.bias_ids = np.array([token for token, _ in sampling.logit_bias], np.int64)
@@ -52,9 +51,15 @@ class Sampler:
         self.penalised = (
             sampling.repetition_penalty != 1 or sampling.frequency_penalty != 0 or sampling.presence_penalty != 0
         )
+        self.prompt = np.array(list(prompt) if self.penalised else [], np.int64)
+        self.rewind(generated)
+
+    def rewind(self, generated: Iterable[int]) -> None:
+        """The reply so far is this."""
+        self.generated = list(generated)
         if self.penalised:
             reply = np.array(self.generated, np.int64)
-            self.seen = np.unique(np.concatenate([np.array(list(prompt), np.int64), reply]))  # ascending
+            self.seen = np.unique(np.concatenate([self.prompt, reply]))  # ascending
             self.counts = np.bincount(np.searchsorted(self.seen, reply), minlength=len(self.seen))  # in the reply
 
     def draw(self, logits: Tensor) -> int:

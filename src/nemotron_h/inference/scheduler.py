@@ -71,18 +71,36 @@ class Scheduler:
             if self._about_to_be_read(sequence, match):
                 continue
             match = self._fetched(sequence, match)
-            audited = match.snapshot if self._audits.random() < self.config.audit_fraction else None
-            begun = replace(match, snapshot=None) if audited is not None else match
-            if self.memory.begin(len(self.running), begun, sequence.longest):
+            if self._begun(sequence, match):
                 self.queue.remove(sequence)
-                self.running.append(sequence)
-                self._count(sequence, match)
-                self._plan(sequence, begun, audited)
                 return sequence
             if self.running:
                 return None
             raise CapacityError("pages: too few are free, and nobody runs; close a session that holds them")
         return None
+
+    def _begun(self, sequence: Sequence, match: Match) -> bool:
+        """Let a sequence begin: cold, beside the snapshot, where that is to be audited; else after it; where nobody
+        runs and pages are wanting all the same, without it, for it may hold them."""
+        row, audited = len(self.running), match.snapshot
+        if audited is not None and self._audits.random() < self.config.audit_fraction:
+            cold = replace(match, snapshot=None)
+            if self.memory.begin(row, cold, sequence.longest, beside=audited):
+                self._run(sequence, match, cold, audited)
+                return True
+        if self.memory.begin(row, match, sequence.longest):
+            self._run(sequence, match, match, None)
+            return True
+        cold = replace(match, snapshot=None, cut=Cut.EVICTED)
+        if row or audited is None or not self.memory.begin(row, cold, sequence.longest):
+            return False
+        self._run(sequence, cold, cold, None)
+        return True
+
+    def _run(self, sequence: Sequence, match: Match, begun: Match, audited: Snapshot | None) -> None:
+        self.running.append(sequence)
+        self._count(sequence, match)
+        self._plan(sequence, begun, audited)
 
     def shares(self) -> tuple[list[int], int]:
         """Tokens of each in the next pass, in the order of rows; and how many more of prompts would find room in it."""
@@ -130,6 +148,17 @@ class Scheduler:
             self.running[row].begin_again()
             self.queue.appendleft(self.running[row])
         self.running.clear()
+
+    def reset(self) -> None:
+        """Something ended in the middle: everybody begins again, and nothing that was read is trusted."""
+        everybody = {sequence.number: sequence for sequence in (*self.running, *self.queue)}
+        for sequence in everybody.values():
+            sequence.audited = None
+            sequence.begin_again()
+        self.running.clear()
+        self.queue.clear()
+        self.queue += [own for _, own in sorted(everybody.items()) if own.answer.finish is None]
+        self.memory.reset()
 
     def _match(self, sequence: Sequence) -> Match:
         """What can be reused of it."""

@@ -7,8 +7,8 @@ import numpy as np
 from torch import Tensor
 
 from nemotron_h.inference.prefix import Keys, Kind, Snapshot
-from nemotron_h.inference.request import Answer, Request
-from nemotron_h.inference.sampling import Sampler
+from nemotron_h.inference.request import Answer, Finish, Request
+from nemotron_h.inference.sampling import Logprobs, Sampler
 from nemotron_h.text.spans import mark_ids
 from nemotron_h.text.stream import StopStrings, TextStream
 from nemotron_h.text.tokenizer import Tokenizer
@@ -80,25 +80,35 @@ class Sequence:
         """Tokens to read before the next is drawn, or before a pause."""
         return min([len(self.tokens), *(place for place in self.pauses if place > position)]) - position
 
-    def take(self, token: int) -> str:
+    def take(self, token: int, chances: Logprobs | None) -> str:
         """The next token; the text that is certain with it."""
         self.tokens.append(token)
         self.answer.ids.append(token)
+        if chances is not None:
+            self.answer.logprobs.append(chances)
         text = self.stop.push(self.text.push(token)) if self.text is not None else ""
         self.answer.text += text
         return text
 
-    def finish(self) -> str:
+    @property
+    def finish(self) -> Finish | None:
+        """Why no more tokens are to be drawn, where none are."""
+        if self.stop.found is not None:
+            return Finish.STOP
+        return Finish.LENGTH if len(self.answer.ids) >= self.answer.request.max_tokens else None
+
+    def rest(self) -> str:
         """The text that was held back."""
         rest = self.stop.push(self.text.finish()) + self.stop.finish() if self.text is not None else ""
         self.answer.text += rest
         return rest
 
     def begin_again(self) -> None:
-        """What was planned for its reading is planned anew."""
+        """What was planned for its reading is planned anew; a draw that was not taken is drawn again."""
         self.pauses, self.logits = {}, None
         self.awaited.clear()
         self.let_go()
+        self.sampler.rewind(self.answer.ids)
 
     def let_go(self) -> None:
         """It holds no snapshot any more."""

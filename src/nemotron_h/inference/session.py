@@ -34,8 +34,9 @@ MOST = 4  # snapshots that a session holds beside the first: where its last turn
 class Sessions:
     """Makes sessions out of what an engine remembers, and out of files."""
 
-    def __init__(self, memory: Memory, model: Hybrid, tokenizer: Tokenizer | None) -> None:
-        self.memory, self.model, self.tokenizer = memory, model, tokenizer
+    def __init__(self, memory: Memory, model: Hybrid, tokenizer: Tokenizer | None, *, exact: bool) -> None:
+        """exact: one arithmetic holds here."""
+        self.memory, self.model, self.tokenizer, self.exact = memory, model, tokenizer, exact
         self._apart = 0  # how many are kept apart
 
     def held(
@@ -67,7 +68,7 @@ class Sessions:
             prompt_tokens=session.prompt_tokens,
             sampling=to_mapping(session.sampling) if session.sampling is not None else None,
             model=self.prints,
-            arithmetic=fingerprint.arithmetic(self.model),
+            arithmetic=self.arithmetic,
             inexact=not session.exact,
             extra=dict(session.extra),
         )
@@ -76,8 +77,7 @@ class Sessions:
 
     def restored(self, path: Path, *, salt: str, inexact: bool) -> "Session":
         header, tensors = session_file.read(path)
-        arithmetic = fingerprint.arithmetic(self.model)
-        if not session_file.check_agrees(path, header, self.prints, arithmetic, inexact=inexact):
+        if not session_file.check_agrees(path, header, self.prints, self.arithmetic, inexact=inexact):
             self._apart += 1
             salt = f"{APART}{self._apart}"
         ids = tensors["ids"]
@@ -87,6 +87,11 @@ class Sessions:
         return self.held(
             ids.tolist(), salt=salt, prompt_tokens=header.prompt_tokens, sampling=sampling, extra=header.extra
         )
+
+    @property
+    def arithmetic(self) -> dict[str, Any]:
+        """What a session must agree in, or be marked."""
+        return {**fingerprint.arithmetic(self.model), "holds": self.exact}
 
     @cached_property
     def prints(self) -> dict[str, Any]:

@@ -1,0 +1,168 @@
+"""Where memory is just enough, and where something ends in the middle."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemotron_h.errors import CapacityError, RequestError
+from nemotron_h.inference import session_file
+from nemotron_h.inference.engine import Engine
+from nemotron_h.inference.request import Finish, Request
+from nemotron_h.inference.session import Session
+from nemotron_h.model.hybrid import Hybrid
+from tests.inference.serving import budget, check_alone, check_conserved, erase
+from tests.inference.test_engine import answered, ids
+from tests.model import shapes
+
+Build = Callable[..., Hybrid]
+
+
+def tight(model: Hybrid, **sizes: Any) -> Engine:
+    engine = Engine(model, config=budget(model, **{"max_running": 1, "portion_tokens": 96, **sizes}))
+    erase(engine)
+    return engine
+
+
+def held(engine: Engine, request: Request) -> Session:
+    return engine.session(answered(engine, request)[0])
+
+
+def test_a_request_is_not_kept_out_by_the_snapshot_that_it_would_begin_at(build: Build) -> None:
+    """Its half page is copied: with the original that is one page more than there are."""
+    engine = tight(build(), pages=2, snapshots=4)
+    for max_tokens in (1, 3, 1, 5):
+        (answer,) = answered(engine, Request(ids=ids(300), max_tokens=max_tokens, logprobs=0))
+        assert answer.finish is Finish.LENGTH, answer.error
+        check_alone(engine.model, answer)
+    check_conserved(engine)
+
+
+@pytest.mark.parametrize("pages", [2, 3, 4])
+def test_an_audit_takes_no_page_that_is_promised(build: Build, pages: int) -> None:
+    engine = tight(build(), pages=pages, snapshots=4, audit_fraction=1.0)
+    for _ in range(3):
+        check_alone(engine.model, *answered(engine, Request(ids=ids(300), max_tokens=3, logprobs=0)))
+        check_conserved(engine)
+    assert engine.memory.distrusted is None
+
+
+def test_of_a_session_that_does_not_fit_nothing_stays(build: Build, tmp_path: Path) -> None:
+    """Its first snapshot fits, its second not: the pages of all come with the third."""
+    model = build()
+    whole = tight(model, pages=8, snapshots=8)
+    held(whole, Request(ids=ids(300), max_tokens=1, boundaries=[100, 200])).save(tmp_path / "s")
+    engine = tight(model, pages=8, snapshots=2)
+    held(engine, Request(ids=ids(50, seed=1), max_tokens=1))
+    with pytest.raises(CapacityError, match=r"^session: needs a slot for a snapshot; all are held"):
+        engine.restore(tmp_path / "s")
+    (answer,) = answered(engine, Request(ids=ids(150), max_tokens=4, logprobs=0))
+    check_alone(model, answer)
+    check_conserved(engine)
+
+
+def test_a_restored_session_holds_a_place_that_was_known_as_another_kind(build: Build, tmp_path: Path) -> None:
+    model = build()
+    saved = held(tight(model, pages=8, snapshots=4), Request(ids=ids(192), max_tokens=1))
+    saved.save(tmp_path / "s")
+    engine = tight(model, pages=8, snapshots=8)
+    answered(engine, Request(ids=ids(300), max_tokens=1))  # leaves a snapshot at 192, on the way
+    assert engine.restore(tmp_path / "s").places == saved.places == [192]
+
+
+def test_a_prompt_is_known_however_little_is_remembered(build: Build) -> None:
+    engine = tight(build(), pages=8, snapshots=4)
+    engine.memory.prefixes.remembered_tokens = 100
+    for seed in range(5):
+        request = Request(ids=ids(90, seed=seed), max_tokens=1)
+        again = [answered(engine, request)[0].reuse for _ in range(2)][1]
+        assert again is not None
+        assert again.reused == 90
+        check_conserved(engine)
+
+
+def test_an_interrupted_step_tells_later_what_was_drawn_in_it(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole hit draws its first token before anything is read."""
+    model = build()
+    engine = tight(model, pages=8, snapshots=4)
+    request = Request(ids=ids(90), max_tokens=4)
+    (first,) = answered(engine, request)
+    stream = engine.stream(request)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.backbone.layers[0], "forward", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    assert [update.token for update in stream] == [*first.ids, None]
+
+
+def test_a_stream_that_is_closed_before_it_was_read_cancels_its_request(build: Build) -> None:
+    engine = tight(build(), pages=8, snapshots=4)
+    stream = engine.stream(Request(ids=ids(40), max_tokens=60))
+    stream.close()  # type: ignore[attr-defined]
+    assert not engine.busy
+
+
+def test_more_log_probabilities_than_there_are_tokens_are_refused_before_anything_is_read(build: Build) -> None:
+    engine = tight(shapes.model("ssm"), pages=0, snapshots=2)
+    with pytest.raises(RequestError, match=r"^logprobs: "):
+        engine.add(Request(ids=[1, 2], max_tokens=2, logprobs=shapes.VOCAB + 1))
+    assert not engine.busy
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3, 4])
+def test_writing_to_the_folder_of_snapshots_may_be_interrupted(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int
+) -> None:
+    """Ctrl-C comes while the disk is slow."""
+    model, written = build(), 0
+    write = session_file.write
+
+    def interrupted(*args: Any) -> None:
+        nonlocal written
+        written += 1
+        if written == nth:
+            raise KeyboardInterrupt
+        write(*args)
+
+    monkeypatch.setattr(session_file, "write", interrupted)
+    engine = tight(model, pages=7, snapshots=2, max_running=2, snapshot_folder=tmp_path, audit_fraction=1.0)
+    answers = []
+    for seed in (1, 2, 1, 3, 2, 1):
+        answers += engine.add(Request(ids=ids(280 + 10 * seed, seed=seed), max_tokens=4, logprobs=0))
+    interruptions = 0
+    while engine.busy:
+        try:
+            engine.step()
+        except KeyboardInterrupt:
+            interruptions += 1
+    assert interruptions == 1
+    check_alone(model, *answers)
+    check_conserved(engine)
+    assert not any(snapshot.pins for snapshot in engine.memory.prefixes.snapshots.values())
+
+
+@pytest.mark.parametrize("nth", range(1, 6))
+@pytest.mark.parametrize("name", ["copy_slot", "copy_page"])
+def test_copying_may_be_interrupted(build: Build, monkeypatch: pytest.MonkeyPatch, name: str, nth: int) -> None:
+    model = build()
+    engine = tight(model, pages=7, snapshots=2, max_running=2)
+    whole, called = getattr(engine.memory.state, name), 0
+
+    def interrupted(self: Any, *args: int) -> None:
+        nonlocal called
+        called += 1
+        whole(*args)
+        if called == nth:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(engine.memory.state), name, interrupted)
+    answers = []
+    for seed in (1, 2, 1, 3, 1, 1):
+        answers += engine.add(Request(ids=ids(280 + 10 * seed, seed=seed), max_tokens=4, logprobs=0))
+    while engine.busy:
+        with suppress(KeyboardInterrupt):
+            engine.step()
+    check_alone(model, *answers)
+    check_conserved(engine)
