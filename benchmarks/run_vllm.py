@@ -1,11 +1,14 @@
 """vLLM as a contestant, in an environment of its own (`peers.sh`). Arguments: a checkpoint folder, a precision."""
 
+import os
 import random
 import sys
 import time
 
-import vllm
-from contest import serve
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB; unasked it takes most of the machine's memory
+
+import vllm  # noqa: E402
+from contest import serve  # noqa: E402
 from vllm import LLM, SamplingParams
 
 if __name__ == "__main__":

@@ -22,6 +22,13 @@ from nemotron_h.ops.linear import linear
 from nemotron_h.ops.segments import Segments
 from tests.model.shapes import FAMILY, VOCAB, model, random_tokens
 
+
+@pytest.fixture(autouse=True)
+def one_thread(threads: Callable[[int], None]) -> None:
+    """Models this small only wait for a second thread, most of all on a busy machine."""
+    threads(1)
+
+
 SCAN = "chunked scan against the float64 recurrence"
 
 
