@@ -7,8 +7,8 @@ import time
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB; unasked it takes most of the machine's memory
 
-import vllm  # noqa: E402
-from contest import serve  # noqa: E402
+import vllm
+from contest import serve
 from vllm import LLM, SamplingParams
 
 if __name__ == "__main__":
