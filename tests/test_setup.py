@@ -349,6 +349,7 @@ def test_an_interrupted_set_up_starts_over(checkout: Path, install: ModuleType, 
     assert json.loads(state.read_text())["finished"] is True
 
 
+@pytest.mark.slow
 def test_a_set_up_without_its_interpreter_starts_over(checkout: Path, install: ModuleType, configured: Index) -> None:
     configured.add("torch", f"{install.pinned_version('torch')}+cpu")
     assert make(checkout, "install").returncode == 0
@@ -362,6 +363,7 @@ def test_a_set_up_without_its_interpreter_starts_over(checkout: Path, install: M
     assert "the toy ran" in result.stdout
 
 
+@pytest.mark.slow
 def test_an_interruption_forgets_no_wish(checkout: Path, environment: Path, configured: Index, tmp_path: Path) -> None:
     configured.add("torch", "2.13.0+cpu")
     unpack(write_wheel(tmp_path, "torch", "2.13.1"), environment)

@@ -63,7 +63,9 @@ def lives(shard: Shard, folder: Path, config: TrainConfig, model: ModelConfig, c
     ("changes", "count"),
     [
         ({"optimizer": Optimizer.ADAMW, "precision": Precision.BFLOAT16}, 1),
-        (MUON | {"accumulation": 2, "decay": Decay.STABLE, "decay_fraction": 0.5}, 2),
+        pytest.param(
+            MUON | {"accumulation": 2, "decay": Decay.STABLE, "decay_fraction": 0.5}, 2, marks=pytest.mark.slow
+        ),
     ],
     ids=["adamw", "muon on two threads"],
 )

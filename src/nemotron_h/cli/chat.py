@@ -143,7 +143,9 @@ class Chat:
     def run(self) -> None:
         """Talk until the user leaves. Whatever else ends it, what was said is kept in a file."""
         self.begin()
-        with self.signals():
+        from nemotron_h.cli.keyboard import as_it_was
+
+        with as_it_was(), self.signals():
             try:
                 self.converse()
             except BaseException:

@@ -1,7 +1,9 @@
 """Messages as they are typed at a terminal, or come through a pipe."""
 
 import sys
-from collections.abc import Callable, Iterable
+import termios
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 
 
 def typed(history: Iterable[str]) -> Callable[[str], str]:
@@ -50,3 +52,17 @@ def piped(prompt: str) -> str:
     if lines:
         return "\n".join(lines)
     raise EOFError
+
+
+@contextmanager
+def as_it_was() -> Iterator[None]:
+    """Leave the terminal as it was, also where a signal came just as the prompt was changing it."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    try:
+        yield
+    finally:
+        with suppress(termios.error, ValueError, OSError):  # the terminal has gone
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
