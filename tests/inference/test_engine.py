@@ -374,6 +374,23 @@ def test_a_hook_steers_its_own_request(build: Build) -> None:
     assert not any(token % 2 for token in second.ids)
 
 
+def test_a_hook_that_raises_ends_its_own_request(build: Build) -> None:
+    engine = Engine(build(), config=SMALL)
+    broken = Request(ids=ids(40), max_tokens=5, hook=lambda generated, logits: logits[generated[1]])
+    first, second = answered(engine, broken, Request(ids=ids(50, seed=1), max_tokens=9))
+    assert first.finish is Finish.ERROR
+    assert first.error == "hook: must not raise; got IndexError: list index out of range"
+    check_alone(engine.model, second)
+    check_conserved(engine)
+
+
+def test_a_session_of_an_answer_has_its_requests_salt(build: Build) -> None:
+    engine = Engine(build(), config=SMALL)
+    (answer,) = answered(engine, Request(ids=ids(40), max_tokens=2))
+    with pytest.raises(RequestError, match=r"^salt: must be left out for an answer, .*; got 'mine'$"):
+        engine.session(answer, salt="mine")
+
+
 def test_completions_of_a_request_that_reuses_nothing_share_what_they_read_and_nobody_else_does(build: Build) -> None:
     engine = Engine(build(), config=SMALL)
     request = Request(ids=ids(100), max_tokens=2, n=3, reuse=False)
@@ -473,6 +490,7 @@ def test_requests_that_cannot_be_honoured_are_refused_by_name(build: Build, chan
     [
         ({"max_running": 0}, "^max_running: must be 1 or above; got 0$"),
         ({"portion_tokens": 0}, "^portion_tokens: must be 1 or above; got 0$"),
+        ({"snapshot_folder": "x", "reuse": False}, "^snapshot_folder: needs reuse, which is off"),
         ({"memory_bytes": 0}, "^memory_bytes: must be 1 or above, or None; got 0$"),
         ({"pages_fraction": 1.5}, "^pages_fraction: must lie in 0..1; got 1.5$"),
         ({"audit_fraction": -0.1}, "^audit_fraction: must lie in 0..1; got -0.1$"),

@@ -32,6 +32,8 @@ class EngineConfig:
         ):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}: must be {least} or above; got {getattr(self, name)}")
+        if self.snapshot_folder is not None and not self.reuse:
+            raise ConfigError("snapshot_folder: needs reuse, which is off; leave it out, or reuse what is read")
         if self.memory_bytes is not None and self.memory_bytes < 1:
             raise ConfigError(f"memory_bytes: must be 1 or above, or None; got {self.memory_bytes}")
         for name in ("pages_fraction", "audit_fraction"):

@@ -65,7 +65,7 @@ class Engine:
         if not self.arithmetic.holds:
             LOG.warning(
                 "one arithmetic does not hold on this machine (%s): answers may depend on who is served beside them, "
-                "and only whole portions of prompts are reused",
+                "only whole portions of prompts are reused, and no folder of snapshots is",
                 "; ".join(self.arithmetic.failures),
             )
         self.memory = Memory(model.config, self.config, model.compute_dtype, model.head_weight.device)
@@ -78,7 +78,7 @@ class Engine:
         self._updates: list[Update] = []  # of the step at hand
         self._versions = fingerprint.versions(model)
         self._sessions = Sessions(self.memory, model, tokenizer, exact=self.arithmetic.holds)
-        if self.config.snapshot_folder is not None and self.config.reuse and self.arithmetic.holds:
+        if self.config.snapshot_folder is not None and self.arithmetic.holds:
             self._open_store(self.config.snapshot_folder)
 
     def add(self, request: Request) -> tuple[Answer, ...]:
@@ -197,6 +197,8 @@ class Engine:
         own, for its file."""
         if not isinstance(of, Answer):
             return self._sessions.held(of, salt=salt, extra=extra)
+        if salt:
+            raise RequestError(f"salt: must be left out for an answer, which has its request's; got {salt!r}")
         for row, sequence in enumerate(self.scheduler.running):
             if sequence.answer is of and self.scheduler.exact:
                 self.scheduler.keep(row, sequence, Kind.REPLY, awaited=True)

@@ -116,7 +116,10 @@ class Sampler:
 
     def _hooked(self, row: Row) -> Row:
         assert self.hook is not None
-        changed = self.hook(self.generated, torch.from_numpy(row.copy()))
+        try:
+            changed = self.hook(self.generated, torch.from_numpy(row.copy()))
+        except Exception as error:  # the request's own code: it ends that request, and nobody else's
+            raise RequestError(f"hook: must not raise; got {type(error).__name__}: {error}") from error
         if not isinstance(changed, Tensor) or changed.shape != row.shape:
             got = tuple(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
             raise RequestError(f"hook: must return logits of shape {row.shape}; got {got}")
