@@ -64,7 +64,7 @@ def chunked(
     """Each sequence's tokens from its start on, the earlier ones kept as far as its chunk at hand goes back.
 
     boundary: (s, h, p, n), the states before those. Returns: y (l - start, h, p) of each; the states at the beginning
-    of the last chunks, (s, h, p, n), None where they have not moved.
+    of the last chunks, (s, h, p, n), None where none were given.
     """
     segments = Segments(tuple(starts), tuple(len(s.x) - start for s, start in zip(sequences, starts, strict=True)))
     inputs = torch.cat([s.side_by_side()[start:] for s, start in zip(sequences, starts, strict=True)])
@@ -87,15 +87,15 @@ def chunked(
 
         x = torch.stack([filled(k.x) for k in kept])
         B = torch.stack([filled(k.B).T.reshape(g, n, CHUNK) for k in kept])
-        past = Past(boundary.transpose(2, 3).contiguous(), x, B)
+        past = Past(boundary.transpose(2, 3).clone(memory_format=torch.contiguous_format), x, B)
         dt = segments.after_kept(dt, torch.stack([filled(k.dt).T for k in kept]), dim=2)
     dt = dt.contiguous()
     a = (dt.double() * A.double()[:, None]).cumsum(2).float()
     skip = torch.zeros(H) if D is None else D
-    y, moved = ssd(rows, dt, a, skip, segments, past, num_groups=g, state_size=n)
+    y = ssd(rows, dt, a, skip, segments, past, num_groups=g, state_size=n)
     assert (y[segments.tokens :] == 0).all()
     parts = [y[begin : begin + length] for begin, length in zip(segments.begins, segments.lengths, strict=True)]
-    return [part.unflatten(1, (H, p)) for part in parts], None if moved is None else moved.transpose(2, 3)
+    return [part.unflatten(1, (H, p)) for part in parts], None if past is None else past.boundary.transpose(2, 3)
 
 
 @pytest.mark.parametrize("initial", [False, True])
@@ -107,18 +107,21 @@ def test_chunks_equal_the_recurrence(length: int, initial: bool) -> None:
     (got,), moved = chunked([inputs], [0], A, state[None] if initial else None)
     assert_near(got, defined(inputs, A, state)[0], ROUNDING)
     at = (length - 1) // CHUNK * CHUNK
-    if at:
+    assert (moved is not None) == initial
+    if initial and at:
         assert_near(moved[0], defined(inputs.part(0, at), A, state)[1], ROUNDING, "state")
-    else:
-        assert moved is None
+    elif initial:
+        assert torch.equal(moved[0], state)
 
 
 @pytest.mark.parametrize(("p", "g", "n"), [(8, 1, 16), (8, 4, 16), (5, 2, 6), (80, 1, 256), (1, 1, 1)])
 @pytest.mark.usefixtures("form")
 def test_every_width_and_every_way_to_share_b_and_c(p: int, g: int, n: int) -> None:
     A, inputs = decay_rates(), Inputs.random(70, seed=3, p=p, g=g, n=n)
-    (got,), moved = chunked([inputs], [0], A, None)
+    (got,), moved = chunked([inputs], [0], A, torch.zeros(1, H, p, n))
     assert_near(got, defined(inputs, A, torch.zeros(H, p, n))[0], ROUNDING)
+    (again,), _ = chunked([inputs], [0], A, None)
+    assert torch.equal(again, got)
     assert_near(moved[0], defined(inputs.part(0, 64), A, torch.zeros(H, p, n))[1], ROUNDING, "state")
 
 
@@ -147,10 +150,10 @@ def test_ragged_segments_with_inputs_kept(starts: list[int], lengths: list[int])
         want = defined(sequence, A, torch.zeros(H, P, N))[0]
         assert_near(ys[index], want[start:], ROUNDING, f"segment {index}")
         at = (start + length - 1) // CHUNK * CHUNK
-        if moved is not None and at:
+        if at > max(start - 1, 0) // CHUNK * CHUNK:
             assert_near(moved[index], defined(sequence.part(0, at), A, torch.zeros(H, P, N))[1], ROUNDING)
-    moves = any((s + n - 1) // CHUNK > (s - 1) // CHUNK and s for s, n in zip(starts, lengths, strict=True))
-    assert moved is not None or not moves
+        else:
+            assert torch.equal(moved[index], boundaries[index])
 
 
 @pytest.mark.usefixtures("form")
@@ -161,9 +164,7 @@ def test_a_token_alone_has_the_bits_of_the_whole() -> None:
         at = (place - 1) // CHUNK * CHUNK if place else 0
         boundary = torch.zeros(1, H, P, N)
         if at:  # the library's own state: the definition's has other bits
-            _, moved = chunked([inputs.part(0, at + 1)], [0], A, boundary)
-            assert moved is not None
-            boundary = moved
+            _, boundary = chunked([inputs.part(0, at + 1)], [0], A, boundary)
         (alone,), _ = chunked([inputs.part(0, place + 1)], [place], A, boundary)
         assert torch.equal(alone[0], whole[place]), place
 
@@ -343,7 +344,7 @@ def test_steps_may_lie_turned(wanted: bool) -> None:
     a = (dt.double() * A.double()[:, None]).cumsum(2).float()
     assert not dt.is_contiguous()
     given = ((dt, a), (dt.contiguous(), a.contiguous()))
-    ys = [ssd(inputs, *steps, torch.ones(H), segments, None, num_groups=G, state_size=N)[0] for steps in given]
+    ys = [ssd(inputs, *steps, torch.ones(H), segments, None, num_groups=G, state_size=N) for steps in given]
     assert torch.equal(*ys)
     if wanted:
         assert torch.equal(*(torch.autograd.grad(y.sum(), inputs)[0] for y in ys))

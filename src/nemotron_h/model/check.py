@@ -276,7 +276,7 @@ def scan(model: Hybrid, tokens: Tensor) -> Finding:
     inputs = causal_conv(xbc, taps, bias, segments, None)
     A = -torch.exp(mixer.A_log)
     dt, a = steps(raw, mixer.dt_bias, A, config.time_step_limit, segments, None)
-    got, _ = ssd(inputs, dt, a, mixer.D, segments, None, num_groups=g, state_size=n)
+    got = ssd(inputs, dt, a, mixer.D, segments, None, num_groups=g, state_size=n)
 
     x, B, C = inputs[: len(tokens)].double().split([config.inner_size, g * n, g * n], dim=-1)
     x, B, C = x.view(1, -1, h, p), B.view(1, -1, g, n), C.view(1, -1, g, n)

@@ -46,12 +46,12 @@ class Mamba(nn.Module):
         convolved = causal_conv(xbc, weight, bias, segments, state.conv if state is not None else None)
         A, limit = -torch.exp(self.A_log), config.time_step_limit
         dt, a = steps(raw, self.dt_bias, A, limit, segments, state.dt if state is not None else None)
-        y, boundary = ssd(
+        y = ssd(
             convolved, dt, a, self.D, segments, state.past if state is not None else None,
             num_groups=config.num_groups, state_size=config.state_size,
         )  # fmt: skip
         if state is not None:
-            state.push(xbc, convolved, dt, boundary, segments)
+            state.push(xbc, convolved, dt, segments)
         if rows is not None:
             y, z = y[rows], z[rows]
         normed = gated_rms_norm(y, z, self.norm.weight.to(u.dtype), config.num_groups, self.epsilon)

@@ -52,17 +52,15 @@ class MambaState:
 
     @property
     def past(self) -> Past:
-        """What the scan reads of it."""
+        """What the scan reads of it; the boundary it moves on itself."""
         return Past(self.boundary, self.x, self.B)
 
-    def push(self, xbc: Tensor, convolved: Tensor, dt: Tensor, boundary: Tensor | None, segments: Segments) -> None:
+    def push(self, xbc: Tensor, convolved: Tensor, dt: Tensor, segments: Segments) -> None:
         """Remember a call: xbc and convolved (rows, channels), the conv's inputs and outputs; dt (c, h, CHUNK) of its
-        chunks; the state at the beginning of the chunk at hand, None where it has not moved."""
+        chunks."""
         keep_last(xbc, segments, self.conv)
         keep_inputs(convolved, segments, self.x, self.B)
         self.dt.copy_(dt if segments.num_chunks == len(segments) else dt[segments.chunk_runs.sum(1) - 1])
-        if boundary is not None:
-            self.boundary.copy_(boundary)
 
 
 @dataclass(frozen=True, slots=True)

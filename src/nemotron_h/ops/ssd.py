@@ -12,7 +12,8 @@ and the boundary moves on once, when the next chunk begins:
 
 A row is always the same sums in the same order, against the places of its chunk, whether it is read among others or
 generated alone: that is what makes the bits independent of how a prompt was cut. A decode step is a chunk with few new
-rows, replayed from the boundary; it reads the state and does not write it.
+rows, replayed from the boundary; it reads the state and does not write it, but at the one row in CHUNK that begins the
+next chunk.
 
 Source: Dao and Gu 2024, arXiv:2405.21060, section 6 for the chunked form.
 """
@@ -67,14 +68,14 @@ def ssd(
     *,
     num_groups: int,
     state_size: int,
-) -> tuple[Tensor, Tensor | None]:
-    """y_t = h_t C_t + D x_t of every row, and the state at each segment's last boundary.
+) -> Tensor:
+    """y_t = h_t C_t + D x_t of every row.
 
     Shapes: inputs (rows, h p + 2 g n) any float: x, B and C side by side; dt, a (c, h, CHUNK) float32, as `steps` gives
         them; D (h) float32.
-    past: None where every segment begins here; with it there is no gradient.
-    Returns: y (rows, h p) float32, zeros for padding; (s, h, n, p) float32, the state at the beginning of each
-        segment's last chunk, or None where it is what was given.
+    past: None where every segment begins here; with it there is no gradient. Its boundary moves on, in place, to the
+        beginning of each segment's last chunk.
+    Returns: y (rows, h p) float32, zeros for padding.
     Raises: ShapeError, naming the argument.
     """
     (heads,), g, n, s = D.shape, num_groups, state_size, len(segments)
@@ -100,12 +101,12 @@ def ssd(
     dt, a = dt.contiguous(), a.contiguous()
     if wants_gradient(inputs, dt, a, D):
         return _Ssd.apply(inputs, dt, a, D, segments, g, n)  # type: ignore[no-any-return,no-untyped-call]
-    return _ssd(inputs.contiguous(), dt, a, D, segments, past, g, n)[:2]
+    return _ssd(inputs.contiguous(), dt, a, D, segments, past, g, n)[0]
 
 
 def ssd_torch(
     inputs: Tensor, dt: Tensor, a: Tensor, D: Tensor, segments: Segments, past: Past | None, g: int, n: int
-) -> tuple[Tensor, Tensor | None]:
+) -> Tensor:
     """The same as matrix products in torch: where there is no kernel, and beside the kernel in tests."""
     c, h, _ = dt.shape
     inner = inputs.shape[1] - 2 * g * n
@@ -122,80 +123,76 @@ def ssd_torch(
     xdt = (x * dt[..., None]).contiguous()
     y = torch.bmm(mixed, xdt.view(c * h, CHUNK, p)).view(c, h, CHUNK, p) + x * D[:, None, None]
 
-    before, after = _boundaries(xdt, a, B, segments, boundary)
+    before = _boundaries(xdt, a, B, segments, boundary)
     if before is not None:
         states = before.view(c, g, h // g, n, p).transpose(2, 3).reshape(c * g, n, h // g * p)
         read = torch.bmm(C, states).view(c, g, CHUNK, h // g, p).transpose(2, 3).reshape(c, h, CHUNK, p)
         y = y + read * a.exp()[..., None]
-    return segments.collect(y.transpose(1, 2)).reshape(segments.rows, inner), after
+    return segments.collect(y.transpose(1, 2)).reshape(segments.rows, inner)
 
 
-def _boundaries(
-    xdt: Tensor, a: Tensor, B: Tensor, segments: Segments, boundary: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """The state before each chunk, (c, h, n, p), None for all zeros; and before each segment's last one."""
+def _boundaries(xdt: Tensor, a: Tensor, B: Tensor, segments: Segments, boundary: Tensor | None) -> Tensor | None:
+    """The state before each chunk, (c, h, n, p), None for all zeros. boundary moves on to each segment's last one."""
     c, h, _, p = xdt.shape
     g, n = B.shape[0] // c, B.shape[1]
     if max(segments.chunks) == 1:
-        return boundary, None
+        return boundary
     state = boundary if boundary is not None else xdt.new_zeros(len(segments), h, n, p)
     weighted = xdt * (a[..., -1:] - a).exp()[..., None]  # (c, h, CHUNK, p)
     columns = weighted.view(c, g, h // g, CHUNK, p).transpose(2, 3).reshape(c * g, CHUNK, h // g * p)
     writes = torch.bmm(B, columns).view(c, g, n, h // g, p).transpose(2, 3).reshape(c, h, n, p)
     gains = a[..., -1].exp()
-    befores, afters = [], []
+    befores = []
     for index, (first, count) in enumerate(zip(segments.chunk_begins, segments.chunks, strict=True)):
         own = state[index]
         befores.append(own)
         for chunk in range(first, first + count - 1):
             own = own * gains[chunk][:, None, None] + writes[chunk]
             befores.append(own)
-        afters.append(own)
-    return torch.stack(befores), torch.stack(afters)
+    before = torch.stack(befores)
+    if boundary is not None:
+        boundary.copy_(before[segments.chunk_runs.sum(1) - 1])
+    return before
 
 
 def _ssd(
     inputs: Tensor, dt: Tensor, a: Tensor, D: Tensor, segments: Segments, past: Past | None, g: int, n: int,
     befores_kept: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """y, the state before each segment's last chunk, and before each chunk where befores_kept."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y, and the state before each chunk where befores_kept."""
     c, h, _ = dt.shape
-    s, inner = len(segments), inputs.shape[1] - 2 * g * n
+    inner = inputs.shape[1] - 2 * g * n
     p = inner // h
     owner, begins, counts, rows = segments.grid
     nothing = torch.empty(0, CHUNK, dtype=inputs.dtype)
     kept_x = array(past.x.view(-1, inner) if past is not None else nothing)
     kept_B = array(past.B.view(-1, CHUNK) if past is not None else nothing)
     boundary = past.boundary.view(-1, p) if past is not None else torch.empty(0, p)
-    moves = max(segments.chunks) > 1
     scores, y = torch.empty(len(inputs), g * CHUNK), torch.empty(len(inputs), inner)
     y[segments.tokens :] = 0
-    before = torch.empty(c * h * n if befores_kept and moves else 0, p)
-    after = torch.empty(s * h * n if moves else 0, p)
+    before = torch.empty(c * h * n if befores_kept and max(segments.chunks) > 1 else 0, p)
     jit.score(c * g, array(inputs), inner, g, n, owner, begins, counts, rows, kept_B, array(scores))
     jit.scan(
-        s * h, array(inputs), g, array(scores), array(dt.view(-1, CHUNK)), array(a.view(-1, CHUNK)), array(D), begins,
-        counts, rows, segments.chunk_runs, kept_x, kept_B, array(boundary), array(y), array(before), array(after),
+        len(segments) * h, array(inputs), g, array(scores), array(dt.view(-1, CHUNK)), array(a.view(-1, CHUNK)),
+        array(D), begins, counts, rows, segments.chunk_runs, kept_x, kept_B, array(boundary), array(y), array(before),
     )  # fmt: skip
-    return y, after.view(s, h, n, p) if moves else None, before
+    return y, before
 
 
 class _Ssd(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, inputs: Tensor, dt: Tensor, a: Tensor, D: Tensor, segments: Segments, g: int, n: int
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Tensor:
         inputs = inputs.contiguous()
-        y, after, before = _ssd(inputs, dt, a, D, segments, None, g, n, befores_kept=True)
+        y, before = _ssd(inputs, dt, a, D, segments, None, g, n, befores_kept=True)
         ctx.save_for_backward(inputs, dt, a, D, before)
         ctx.settings = segments, g
-        if after is not None:
-            ctx.mark_non_differentiable(after)
-        return y, after
+        return y
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, dt, a, D, before = ctx.saved_tensors
         segments, g = ctx.settings
         c, h, _width = dt.shape

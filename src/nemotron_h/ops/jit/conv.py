@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nemotron_h.ops.jit.kernels import kernel
-from nemotron_h.ops.jit.scalars import STRIDE, f, read, read_at, sigmoid, write
+from nemotron_h.ops.jit.scalars import STRIDE, f, read, read_at, sigmoid, u, write
 from nemotron_h.ops.jit.tiles import clear
 
 
@@ -44,11 +44,14 @@ def keep_last(start: Any, stop: Any, x: Any, step: Any, begins: Any, lengths: An
     for segment in range(start, stop):
         for k in range(reach):
             row = lengths[segment] - reach + k
-            for j in range(channels):
-                if row < 0:  # still an input of before, which later places have not yet been written over
-                    carried[segment, k, j] = carried[segment, k + lengths[segment], j]
-                else:
-                    carried[segment, k, j] = x[(begins[segment] + row) * step + j]
+            if row < 0:  # still an input of before, which later places have not yet been written over
+                older = u(k + lengths[segment])
+                for j in range(channels):
+                    carried[u(segment), u(k), u(j)] = carried[u(segment), older, u(j)]
+            else:
+                line = (begins[segment] + row) * step
+                for j in range(channels):
+                    carried[u(segment), u(k), u(j)] = x[u(line + j)]
 
 
 @kernel(1)

@@ -43,37 +43,34 @@ def score(
     start: Any, stop: Any, inputs: Any, first: Any, groups: Any, n: Any, owner: Any, begins: Any, counts: Any,
     rows: Any, kept: Any, out: Any,
 ) -> None:  # fmt: skip
-    """out (rows, g CHUNK): each new row's C against the B of all places of its chunk. first: the column of B."""
+    """out (rows, g CHUNK): each new row's C against the B of all places of its chunk; anything where there is none yet.
+    first: the column of B."""
     width = kept.shape[1]
     keys, queries, tile = np.empty((n, width), np.float32), np.empty((width, n), np.float32), zeros(width, width)
     for task in range(start, stop):
         chunk, group = task // groups, task % groups
         begin, count, row = begins[chunk], counts[chunk], rows[chunk]
-        reach = min(-(-(begin + count) // LANES) * LANES, width)
-        load_rows(keys, kept, (owner[chunk] * groups + group) * n, 0, n if begin else 0, begin)
+        load_rows(keys, kept, (owner[chunk] * groups + group) * n, 0, n if begin else 0, width)
         for j in range(count):
             for k in range(n):
                 keys[k, begin + j] = read(inputs, row + j, first + group * n + k)
-        for k in range(n):
-            for j in range(begin + count, reach):
-                keys[k, j] = f(0)
         load_rows(queries, inputs, row, first + (groups + group) * n, count, n)
         for i in range(count):
             for j in range(width):
                 tile[i, j] = f(0)
-        add_product(tile, 0, count, reach, queries, 0, keys, 0, n)
+        add_product(tile, 0, count, width, queries, 0, keys, 0, n)
         store_rows(out, row, group * width, tile, count)
 
 
-@kernel(1)
+@kernel(4)
 def scan(
     start: Any, stop: Any, inputs: Any, groups: Any, scores: Any, dt: Any, a: Any, skip: Any, begins: Any, counts: Any,
-    rows: Any, chunks: Any, kept_x: Any, kept_B: Any, boundary: Any, y: Any, before: Any, after: Any,
+    rows: Any, chunks: Any, kept_x: Any, kept_B: Any, boundary: Any, y: Any, before: Any,
 ) -> None:  # fmt: skip
     """y (rows, h p), one head of one segment a task. chunks (s, 2): each segment's first chunk and how many.
 
-    boundary (s h n, p): the state before each segment's first chunk, with no rows for zeros. before (c h n, p): filled
-    with the state before each chunk, unless it has no rows. after (s h n, p): before each segment's last one, likewise.
+    boundary (s h n, p): in, the state before each segment's first chunk; out, before its last one; with no rows where
+    all begin with zeros. before (c h n, p): filled with the state before each chunk, unless it has no rows.
     """
     heads, width = len(skip), a.shape[1]
     p = y.shape[1] // heads
@@ -120,10 +117,8 @@ def scan(
                     for k in range(n):
                         keys[begin + j, k] = read(inputs, row + j, column + k)
                 move_on(state, keys, own, dt, a, index)
-        if len(after) > 0:
-            if chunks[segment, 1] == 1 and known:
-                load_rows(state, boundary, task * n, 0, n, p)
-            store(after, task * n, 0, state)
+        if known and chunks[segment, 1] > 1:
+            store(boundary, task * n, 0, state)
 
 
 @piece

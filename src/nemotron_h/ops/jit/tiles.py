@@ -2,9 +2,9 @@
 
     out[i, q] += factors[i, 0] rows[0, q] + factors[i, 1] rows[1, q] + ...
 
-HEIGHT rows of `out`, WIDEST columns wide, stay in registers while k runs. Every element is the same chain of fused
-multiply-adds in the order of k, wherever it stands: its bits depend on its own factors and its own column alone. Where
-factors and rows are words, a k is a pair of bfloat16 (`pairs.py`).
+HEIGHT rows of `out`, WIDEST columns wide, stay in registers while k runs; a row alone, WIDEST_ROW columns of it. Every
+element is the same chain of fused multiply-adds in the order of k, wherever it stands: its bits depend on its own
+factors and its own column alone. Where factors and rows are words, a k is a pair of bfloat16 (`pairs.py`).
 """
 
 from typing import Any
@@ -15,6 +15,7 @@ from nemotron_h.ops.jit.scalars import FEATURES, LANES, compile_once, f, numba, 
 
 HEIGHT = 4
 WIDEST = 4 * LANES if FEATURES.get("avx512f", False) else LANES  # as far as there are registers
+WIDEST_ROW = 4 * LANES  # of one row alone
 
 if numba is not None:
     from llvmlite import ir
@@ -112,7 +113,7 @@ if numba is not None:
         return function
 
     high_widest, high_wide, high_single = tile(HEIGHT, WIDEST), tile(HEIGHT, LANES), tile(HEIGHT, 1)
-    low_wide, low_single = tile(1, LANES), tile(1, 1)
+    low_widest, low_wide, low_single = tile(1, WIDEST_ROW), tile(1, LANES), tile(1, 1)
 
 
 @piece
@@ -132,8 +133,11 @@ def add_product(out, begin, end, width, factors, column, rows, first, count):  #
         for q in range(whole, width):
             high_single(out, i, q, factors, column, rows, first, count)
         i += HEIGHT
+    widest = width // WIDEST_ROW * WIDEST_ROW
     while i < end:
-        for q in range(0, whole, LANES):
+        for q in range(0, widest, WIDEST_ROW):
+            low_widest(out, i, q, factors, column, rows, first, count)
+        for q in range(widest, whole, LANES):
             low_wide(out, i, q, factors, column, rows, first, count)
         for q in range(whole, width):
             low_single(out, i, q, factors, column, rows, first, count)
