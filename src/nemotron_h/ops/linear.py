@@ -26,7 +26,7 @@ from nemotron_h.ops.jit import linear as jit
 from nemotron_h.ops.jit.scalars import array, said_once
 from nemotron_h.ops.shapes import expect, wants_gradient
 
-MOST_ROWS = 16  # of a call that the kernel takes; with more, oneDNN's is as fast
+MOST_ROWS = 32  # of a call that the kernel takes
 DEPTHS = (1024, 512)  # inputs of one chain of sums, where there are more of them than that; else one chain of all
 TRIED_OUTPUTS = 2**18  # another depth changes about one output in 5,000
 
