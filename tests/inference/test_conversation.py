@@ -1,8 +1,8 @@
 """A conversation goes on from where the last turn's reading can be used again, and says what it would without."""
 
 import json
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ from nemotron_h.errors import CapacityError, DataError, RequestError
 from nemotron_h.inference.conversation import Conversation, spoken, told_apart
 from nemotron_h.inference.engine import Engine
 from nemotron_h.inference.load import LanguageModel
+from nemotron_h.inference.partings import partings
 from nemotron_h.inference.request import Answer, Finish, Request
 from nemotron_h.model import fingerprint
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.text.bpe import train
 from nemotron_h.text.spans import THINK, THINK_END, Piece
-from nemotron_h.text.template import built_in
+from nemotron_h.text.template import ChatTemplate, Message, built_in
 from nemotron_h.text.tokenizer import Tokenizer
 from tests.inference.conftest import PROSE
 from tests.inference.serving import check_alone, check_conserved
@@ -71,6 +72,12 @@ class Stage:
 
     def say(self, talk: Conversation, message: str, reply: str) -> list[Piece]:
         """A turn in which the model says that, and ends."""
+        with self.saying(reply):
+            return list(talk.reply(message))
+
+    @contextmanager
+    def saying(self, reply: str) -> Iterator[None]:
+        """The model says that, and ends, whatever it is asked."""
         tokenizer = self.language.tokenizer
         assert tokenizer is not None
         script: list[int] = []
@@ -86,7 +93,7 @@ class Stage:
 
         with self.monkeypatch.context() as patch:
             patch.setattr(LanguageModel, "request", lambda *given, **more: request(*given, **more, hook=scripted))
-            return list(talk.reply(message))
+            yield
 
 
 @pytest.fixture(scope="session")
@@ -172,6 +179,47 @@ def test_thinking_that_the_template_keeps_is_not_read_again(stage: Stage) -> Non
     stage.say(talk, "Two?", "No.")
     assert stage.reused == len(stage.answers[0].request.ids) + len(stage.answers[0].ids)
     check_alone(stage.language.model, *stage.answers)
+
+
+@pytest.mark.parametrize("stage", FAMILIES, indirect=True)
+def test_messages_that_somebody_else_keeps_are_reused_as_a_conversations_are(stage: Stage) -> None:
+    """`chat` is given all messages each time: the thinking of the reply before is stripped, a last message is another
+    one, a tool has answered."""
+
+    def chat(reply: str, *messages: Message) -> int:
+        """How much of the prompt is read again that stood in one before."""
+        with stage.saying(reply):
+            text = "".join(stage.language.chat(messages, max_tokens=64))
+        assert told_apart(spoken([text], thinking=True))[1] == reply.rpartition(THINK_END)[2].strip()
+        *before, answer = stage.answers
+        return max(parted(other, answer.request.ids) for other in before) - stage.reused
+
+    said = {"role": "assistant", "content": "Yes.", "reasoning_content": "So it is."}
+    opening = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "One?"}]
+    with stage.saying(f"So it is.\n{THINK_END}\nYes."):
+        assert "".join(stage.language.chat(opening, max_tokens=64)).endswith("Yes.")
+    assert chat(f"Hm.\n{THINK_END}\nNo.", *opening, said, {"role": "user", "content": "Two?"}) == 0
+    assert chat(f"Hm.\n{THINK_END}\nNo.", *opening, said, {"role": "user", "content": "Another?"}) == 0
+    assert chat(f"Hm.\n{THINK_END}\nNo.", opening[0], {"role": "user", "content": "Zero?"}) == 0
+    if "tools" in stage.language.template.reads:
+        called = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+        for result in ("5", "6"):
+            # the newline before a call is not told beforehand
+            assert chat(f"Hm.\n{THINK_END}\nNo.", *opening, called, {"role": "tool", "content": result}) <= 1
+    check_alone(stage.language.model, *stage.answers)
+
+
+def test_what_a_template_does_not_take_parts_nothing(letters: Tokenizer) -> None:
+    """One that wants the first message to be a question, say."""
+    source = "{% if messages[0].content[-1] != '?' %}{{ raise_exception('a question') }}{% endif %}" + "".join(
+        "{% for message in messages %}{{ message.content }}|{% endfor %}"
+    )
+    template = ChatTemplate(source, letters)
+    messages = [{"role": "user", "content": "One?"}]
+    ids = template.encode(messages).ids
+    with pytest.raises(RequestError, match="a question"):
+        template.encode([{"role": "user", "content": "a"}])
+    assert partings(template, messages, ids) == [len(ids)]
 
 
 CALL = "<tool_call>\n<function=f>\n</function>\n</tool_call>"

@@ -142,6 +142,17 @@ def test_too_many_keys_are_forgotten_oldest_first_and_never_under_a_snapshot() -
     assert sum(len(node.keys) for node in nodes(prefixes)) == prefixes.tokens
 
 
+def test_of_salts_whose_keys_are_forgotten_nothing_stays() -> None:
+    prefixes = Prefixes(range(2), remembered_tokens=1000)
+    for number in range(100):
+        assert prefixes.match(np.arange(100), f"asked {number}").matched == 0
+        prefixes.use(prefixes.match(np.arange(100), f"user {number}"))
+        prefixes.insert(np.arange(100), f"user {number}")
+    assert prefixes.match(np.arange(100), "user 99").matched == 100
+    assert prefixes.match(np.arange(100), "user 0").matched == 0
+    assert len(prefixes._roots) == prefixes.tokens // 100 <= 10
+
+
 def nodes(prefixes: Prefixes, salt: str = "") -> list[Node]:
     found, left = [], [prefixes.insert(keys_of(), salt)]
     while left:

@@ -5,16 +5,8 @@
         print(piece.text, end="")
     talk.save("talk.session")  # later: Conversation(language).load("talk.session")
 
-Each turn's prompt is rendered whole, by the template, which may write an earlier turn otherwise than it was read:
-without its thinking. So a request names the places where another prompt may part from its own, and the engine keeps a
-snapshot there:
-
-    where the first message begins    the end of the system part, and of the documents in it
-    where the last message begins     for another message in its place
-    where the next prompt parts       before the thinking, or after the prompt where nothing is stripped
-
-Each is the common beginning of the prompt and another rendering. The last depends on how the reply begins, where the
-tokenizer joins that to what stands before it: two beginnings are tried, and after any other the message is read again.
+Each turn's prompt is rendered whole, by the template; its request names the places where the next may part from it
+(`partings.py`), and the engine keeps a snapshot there.
 """
 
 from collections.abc import Generator, Iterable, Iterator, Mapping
@@ -28,15 +20,13 @@ from pydantic import TypeAdapter, ValidationError
 from nemotron_h.config.sampling import Sampling
 from nemotron_h.errors import DataError, RequestError
 from nemotron_h.inference.load import LanguageModel
+from nemotron_h.inference.partings import partings, user
 from nemotron_h.inference.prefix import common
 from nemotron_h.inference.request import Answer, Finish
-from nemotron_h.text.spans import THINK, THINK_END, Piece, SpanParser, mark_ids
-from nemotron_h.text.stream import TextStream
+from nemotron_h.text.spans import THINK, THINK_END, Piece, SpanParser
 from nemotron_h.text.template import Message, Prompt
-from nemotron_h.text.tokenizer import Tokenizer
 
 KEY = "conversation"  # of ours in a session file's extra
-FIRST_LETTERS = ("A", "")  # of replies; one that was stopped in its thinking has none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,25 +104,26 @@ class Conversation:
         back. Raises: RequestError or CapacityError; then no turn is added.
         """
         self._stopping = False
-        engine, prompt = self.language.engine, self._prompt([*self.messages, user(message)])
+        engine, messages = self.language.engine, [*self.messages, user(message)]
+        prompt = self._prompt(messages)
         sampling = self.sampling or self.language.companions.generation.sampling()
         request = self.language.request(
             prompt.ids,
             max_tokens=self.max_tokens,
             sampling=replace(sampling, seed=sampling.seed + self.asked),
-            boundaries=self._partings(message, prompt.ids),
+            boundaries=partings(self.language.template, messages, prompt.ids, variables=self.variables),
             cache_salt=self.salt,
+            marks_visible=True,
         )
         (answer,) = engine.add(request)
         self.asked += 1
         thinking = prompt.text.rstrip().endswith(THINK)
         try:
-            yield from spoken(texts(self._tokenizer, self._drawn(answer)), thinking=thinking)
+            yield from spoken(self._said(answer), thinking=thinking)
         finally:
             engine.cancel(answer)
             if answer.error is None and (answer.ids or answer.finish is not Finish.CANCELLED):
-                pieces = spoken(texts(self._tokenizer, answer.ids), thinking=thinking)
-                reasoning, content = told_apart(pieces)
+                reasoning, content = told_apart(spoken([answer.text], thinking=thinking))
                 statistics = statistics_of(answer)
                 self.turns.append(Turn(message=message, reasoning=reasoning, content=content, statistics=statistics))
 
@@ -202,11 +193,6 @@ class Conversation:
         text = "\n\n".join([*([self.system] if self.system else []), *documents])
         return [{"role": "system", "content": text}] if text else []
 
-    @property
-    def _tokenizer(self) -> Tokenizer:
-        assert self.language.tokenizer is not None  # without one there is no template, and no prompt
-        return self.language.tokenizer
-
     def _prompt(self, messages: list[Message]) -> Prompt:
         return self.language.template.encode(messages, variables=self.variables, add_generation_prompt=True)
 
@@ -215,47 +201,19 @@ class Conversation:
         one, other = (self._prompt([*self.messages, user(text)]).ids for text in "ab")
         return one[: common(np.array(one), np.array(other))]
 
-    def _partings(self, message: str, ids: list[int]) -> list[int]:
-        """Places in the prompt of a message where another may part from it."""
-        asked, before, opening = user(message), self.messages, self._opening
-        first = self.turns[0].message if self.turns else message
-        others = [[*opening, user(unlike(first))]]
-        others += [[*before, user(unlike(message))]] if self.turns else []
-        for said in FIRST_LETTERS:
-            others.append([*before, asked, {"role": "assistant", "content": said}, user("a")])
-        keys = np.array(ids)
-        return sorted({common(keys, np.array(self._prompt(other).ids)) for other in others})
-
-    def _drawn(self, answer: Answer) -> Iterator[int]:
-        """The tokens of an answer as they come."""
+    def _said(self, answer: Answer) -> Iterator[str]:
+        """The text of an answer as it comes."""
         given = 0
-        while given < len(answer.ids) or answer.finish is None:
-            if given < len(answer.ids):
-                yield answer.ids[given]
-                given += 1
+        while given < len(answer.text) or answer.finish is None:
+            if given < len(answer.text):
+                text, given = answer.text[given:], len(answer.text)
+                yield text
             elif self._stopping:
                 self.language.engine.cancel(answer)
             else:
                 self.language.engine.step()
         if answer.error is not None:
             raise RequestError(answer.error)
-
-
-def user(text: str) -> Message:
-    return {"role": "user", "content": text}
-
-
-def unlike(text: str) -> str:
-    """A message that begins otherwise."""
-    return "b" if text.lstrip().startswith("a") else "a"
-
-
-def texts(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """The text of ids as they come, marks of thinking and of calls included."""
-    stream = TextStream(tokenizer, visible=mark_ids(tokenizer))
-    for token in ids:
-        yield stream.push(token)
-    yield stream.finish()
 
 
 def spoken(parts: Iterable[str], *, thinking: bool) -> Iterator[Piece]:

@@ -23,6 +23,7 @@ from nemotron_h.config.published import Dialect, read_config
 from nemotron_h.config.sampling import Sampling
 from nemotron_h.errors import CapacityError, RequestError
 from nemotron_h.inference.engine import Engine
+from nemotron_h.inference.partings import partings
 from nemotron_h.inference.request import Request, Update
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.text.tokenizer import TOKENIZER_FILE, Tokenizer, check_fits
@@ -105,8 +106,11 @@ class LanguageModel:
 
         variables: of the chat template, such as enable_thinking. Raises: RequestError for what it does not take.
         """
-        prompt = self.template.encode(messages, tools=tools, variables=variables, add_generation_prompt=True)
-        return self._stream(prompt.ids, max_tokens=max_tokens, sampling=sampling, stop=stop, marks_visible=True)
+        ids = self.template.encode(messages, tools=tools, variables=variables, add_generation_prompt=True).ids
+        boundaries = partings(self.template, messages, ids, tools=tools, variables=variables)
+        return self._stream(
+            ids, max_tokens=max_tokens, sampling=sampling, stop=stop, marks_visible=True, boundaries=boundaries
+        )
 
     @cached_property
     def engine(self) -> Engine:

@@ -164,6 +164,7 @@ class Prefixes:
         path = list(self._walk(keys, salt))
         for node, _ in path:
             node.used = self.now
+        self._roots.setdefault(salt, path[0][0])
         node, matched = path[-1]
         if matched < node.end:
             node = self._split(node, matched)
@@ -211,12 +212,9 @@ class Prefixes:
         del self.snapshots[snapshot.slot]
         self.free.append(snapshot.slot)
 
-    def _root(self, salt: str) -> Node:
-        return self._roots.setdefault(salt, Node(None, np.empty(0, np.int64), 0, salt))
-
     def _walk(self, keys: Keys, salt: str) -> Iterator[tuple[Node, int]]:
         """Nodes along keys, each with how many keys match up to it or into it."""
-        node, place = self._root(salt), 0
+        node, place = self._roots.get(salt) or Node(None, np.empty(0, np.int64), 0, salt), 0
         yield node, 0
         while place < len(keys) and (child := node.children.get(int(keys[place]))) is not None:
             place += common(child.keys, keys[place:])
@@ -253,6 +251,8 @@ class Prefixes:
                 assert leaf.parent is not None
                 del leaf.parent.children[int(leaf.keys[0])]
                 self.tokens -= len(leaf.keys)
+                if leaf.parent.parent is None and not leaf.parent.children:
+                    del self._roots[leaf.salt]
 
     def _nodes(self) -> Iterator[Node]:
         left = list(self._roots.values())

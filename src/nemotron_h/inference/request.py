@@ -37,7 +37,7 @@ class Request:
     max_tokens: int = 128  # of the answer, with those
     max_seconds: float | None = None  # from when it was added; the tokens drawn until then stand
     sampling: Sampling = GREEDY
-    n: int = 1  # completions, number i drawn with seed + i; the prompt is read once
+    n: int = 1  # completions, number i drawn with seed + i; the prompt is read once, where the engine keeps snapshots
     ends: Collection[int] = ()  # an answer ends before one of these
     stop: Sequence[str] = ()  # and before the first of these texts; needs a tokenizer
     marks_visible: bool = False  # in the text: control tokens of thinking and of calls, which decoding may leave out
