@@ -14,7 +14,7 @@ from nemotron_h.ops.jit.scalars import STRIDE, f, read, read_at, sigmoid, u, wri
 from nemotron_h.ops.jit.tiles import clear
 
 
-@kernel(16)
+@kernel(2)
 def forward(
     start: Any, stop: Any, x: Any, step: Any, carried: Any, owner: Any, place: Any, taps: Any, bias: Any, out: Any
 ) -> None:

@@ -14,7 +14,7 @@ from nemotron_h.ops.jit.lanes import dot
 from nemotron_h.ops.jit.scalars import STRIDE, f, read, read_at, sigmoid, write
 
 
-@kernel(16)
+@kernel(8)
 def forward(start: Any, stop: Any, x: Any, gain: Any, epsilon: Any, out: Any) -> None:
     """out = gain * x / sqrt(mean(x^2) + epsilon)."""
     channels = out.shape[1]
@@ -48,7 +48,7 @@ def backward(start: Any, stop: Any, x: Any, gain: Any, epsilon: Any, grad: Any, 
                 write(grad_x, t, j, scale * (slope[j] - row[j] * pull))
 
 
-@kernel(16)
+@kernel(4)
 def gated_forward(
     start: Any, stop: Any, y: Any, z: Any, step: Any, gain: Any, groups: Any, epsilon: Any, out: Any
 ) -> None:

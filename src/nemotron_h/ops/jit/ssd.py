@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from nemotron_h.ops.jit.kernels import kernel
-from nemotron_h.ops.jit.scalars import compile_once, exp, f, piece, read
+from nemotron_h.ops.jit.scalars import compile_once, exp, f, piece, read, u
 from nemotron_h.ops.jit.tiles import (
     HEIGHT,
     LANES,
@@ -93,11 +93,12 @@ def scan(
             load_rows(own, kept_x, segment * width, head * p, begin, p)
             for j in range(count):
                 for q in range(p):
-                    own[begin + j, q] = read(inputs, row + j, head * p + q)
+                    own[u(begin + j), u(q)] = read(inputs, row + j, head * p + q)
             decayed(factors, scores, row, group * width, dt, a, index, begin, count)
             for i in range(count):
+                gain = skip[head]
                 for q in range(p):
-                    out[i, q] = skip[head] * own[begin + i, q]
+                    out[u(i), u(q)] = gain * own[u(begin + i), u(q)]
             add_causal_product(out, 0, count, factors, own, begin)
             load_rows(queries, inputs, row, column + groups * n, count, n)
             if known and chunk == chunks[segment, 0]:
@@ -115,7 +116,7 @@ def scan(
                         keys[j, k] = read(kept_B, (segment * groups + group) * n + k, j)
                 for j in range(count):
                     for k in range(n):
-                        keys[begin + j, k] = read(inputs, row + j, column + k)
+                        keys[u(begin + j), u(k)] = read(inputs, row + j, column + k)
                 move_on(state, keys, own, dt, a, index)
         if known and chunks[segment, 1] > 1:
             store(boundary, task * n, 0, state)
@@ -125,11 +126,10 @@ def scan(
 def decayed(factors, scores, row, column, dt, a, index, begin, count):  # type: ignore[no-untyped-def]
     """What each new row takes of the x of each place up to its own; what stands beyond is not read."""
     compile_once()
-    width = min(-(-(begin + count) // LANES) * LANES, a.shape[1])
     for i in range(count):
-        top = a[index, begin + i]
-        for j in range(width):
-            factors[i, j] = scores[row + i, column + j] * exp(top - a[index, j]) * dt[index, j]
+        top, seen = a[index, begin + i], min((begin + i) // LANES * LANES + LANES, a.shape[1])
+        for j in range(seen):
+            factors[u(i), u(j)] = scores[u(row + i), u(column + j)] * exp(top - a[u(index), u(j)]) * dt[u(index), u(j)]
 
 
 @piece
@@ -140,7 +140,7 @@ def add_read(out, queries, a, index, begin, count, state, first):  # type: ignor
     for i in range(count):
         gain = exp(a[index, begin + i])
         for k in range(n):
-            queries[i, k] *= gain
+            queries[u(i), u(k)] *= gain
     add_product(out, 0, count, out.shape[1], queries, 0, state, first, n)
 
 
@@ -156,7 +156,7 @@ def move_on(state, keys, inputs, dt, a, index):  # type: ignore[no-untyped-def]
     gain = exp(end)
     for k in range(state.shape[0]):
         for q in range(state.shape[1]):
-            state[k, q] *= gain
+            state[u(k), u(q)] *= gain
     add_product(state, 0, state.shape[0], state.shape[1], keys.T, 0, inputs, 0, width)
 
 
