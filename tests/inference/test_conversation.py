@@ -16,7 +16,7 @@ from nemotron_h.config.engine import EngineConfig
 from nemotron_h.config.generation import Generation
 from nemotron_h.config.sampling import Sampling
 from nemotron_h.config.tokenizer import TokenizerConfig
-from nemotron_h.errors import CapacityError, DataError, RequestError
+from nemotron_h.errors import CapacityError, CheckpointError, DataError, RequestError
 from nemotron_h.inference.conversation import Conversation, spoken, told_apart
 from nemotron_h.inference.engine import Engine
 from nemotron_h.inference.load import LanguageModel
@@ -220,6 +220,11 @@ def test_what_a_template_does_not_take_parts_nothing(letters: Tokenizer) -> None
     with pytest.raises(RequestError, match="a question"):
         template.encode([{"role": "user", "content": "a"}])
     assert partings(template, messages, ids) == [len(ids)]
+    source = "{% for message in messages %}{{ message.content }}{% if message.role == 'assistant' %}{{ '%s' % 1 }}"
+    template = ChatTemplate(source + "{% endif %}{% endfor %}", letters)
+    with pytest.raises(CheckpointError):
+        template.encode([{"role": "assistant", "content": "a"}])
+    assert partings(template, messages, template.encode(messages).ids) == [0]
 
 
 CALL = "<tool_call>\n<function=f>\n</function>\n</tool_call>"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nemotron_h.errors import RequestError
+from nemotron_h.errors import CheckpointError, RequestError
 from nemotron_h.inference.prefix import common
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def partings(
     others += [[*messages, {"role": "assistant", "content": said}, user("a")] for said in FIRST_LETTERS]
     found, keys = set(), np.array(ids)
     for other in others:
-        with suppress(RequestError):  # what a template does not take, no prompt will be
+        with suppress(RequestError, CheckpointError):  # what a template does not take, no prompt will be
             prompt = template.encode(other, tools=tools, variables=variables, add_generation_prompt=True)
             found.add(common(keys, np.array(prompt.ids)))
     return sorted(found)

@@ -1,10 +1,11 @@
 """All that a model remembers between calls, passed in: `logits = model(tokens, state)`.
 
 Each Mamba layer keeps the recurrent state at a chunk boundary and the inputs since; each attention layer keeps keys and
-values in pages of BLOCK tokens. State alone reads and writes this storage, in place. The storage may be its own, or
-rows and pages of pools that somebody else hands out and takes back: a slice of a pool is a tensor like any other.
+values in pages of BLOCK tokens. State alone writes this storage, in place, but for the boundaries, which the scan moves
+on as it goes. The storage may be its own, or rows and pages of pools that somebody else hands out and takes back: a
+slice of a pool is a tensor like any other.
 
-Invariant: a position holds the tokens before it; places of a chunk or page not yet written are never read.
+Invariant: a position holds the tokens before it; places of a chunk or page not yet written reach no result.
 """
 
 from collections.abc import Callable, Mapping, Sequence

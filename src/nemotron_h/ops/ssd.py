@@ -36,7 +36,7 @@ from nemotron_h.ops.shapes import expect, first_order, wants_gradient
 class Past:
     """What the segments of a call bring along: the state at the beginning of the chunk at hand, and its inputs."""
 
-    boundary: Tensor  # (s, h, n, p), float32: states stand turned, as the product with C reads them
+    boundary: Tensor  # (s, h, n, p), float32, moved on in place: states stand turned, as the product with C reads them
     x: Tensor  # (s, CHUNK, h p), the inputs' dtype
     B: Tensor  # (s, g, n, CHUNK), likewise, turned
 

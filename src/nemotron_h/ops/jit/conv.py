@@ -62,7 +62,7 @@ def backward(
     rows adds its share of the taps' gradients and, last, the bias's."""
     rows, channels = grad.shape
     width, total = len(taps), np.empty(channels, np.float32)
-    slope = np.zeros((STRIDE + width - 1, channels), np.float32)  # before the SiLU, rows of the next part included
+    slope = np.empty((STRIDE + width - 1, channels), np.float32)  # before the SiLU, rows of the next part included
     for part in range(start, stop):
         first = part * STRIDE
         last = min(first + STRIDE, rows)

@@ -22,13 +22,13 @@ import torch
 from nemotron_h.ops.jit.scalars import numba, said_once
 
 ENTRY = "GOMP_parallel"
-SHARES = 8  # times that a thread comes for tasks, where there are enough of them
+SHARES = 8  # times that a thread comes for tasks, or more, where there are enough of them
 
 
 def kernel(least: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Of function(start, stop, ...), the tasks from start to before stop: a function of (count, ...), all tasks.
 
-    Fewer than 2 * least tasks are not worth a second thread, and no more than `least` are taken at a time.
+    Fewer than 2 * least tasks are not worth a second thread; of several, none takes more than `least` at a time.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:

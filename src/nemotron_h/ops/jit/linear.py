@@ -93,7 +93,7 @@ if numba is not None:
 def few_rows(start: Any, stop: Any, x: Any, rows: Any, pairs: Any, weights: Any, depth: Any, out: Any) -> None:
     """x: rows of `pairs` words; weights: all blocks' words; depth: pairs of a chain; out (rows, outputs) bfloat16 bits.
     A task is one block of outputs."""
-    overlaps = rows > 3 * HEIGHT  # fewer wait for memory whatever is done
+    overlaps = rows > 3 * HEIGHT  # fewer wait for memory whatever is done: they ask for what they read
     near = NEAR if overlaps else depth
     sums, totals = np.empty((rows, OUTS), np.float32), np.empty((rows, OUTS), np.float32)
     size = -(-pairs // PAIRS_PADDED) * PAIRS_PADDED * OUTS
