@@ -126,7 +126,7 @@ def check_erased(engine: Engine) -> None:
 def check_pinned(engine: Engine, sessions: Sequence[Session]) -> None:
     """Snapshots are held by those sessions, which are open, and by audits under way, and by nobody else."""
     audited = [sequence.audited for sequence in engine.scheduler.running if sequence.audited is not None]
-    held = Counter([snapshot.slot for session in sessions for snapshot in session.snapshots])
+    held = Counter([snapshot.slot for session in sessions for snapshot in session.held if snapshot.kept])
     held += Counter([snapshot.slot for snapshot in audited if snapshot.kept])
     for slot, snapshot in engine.memory.prefixes.snapshots.items():
         assert snapshot.pins == held[slot], snapshot.node.end

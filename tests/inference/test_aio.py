@@ -93,7 +93,7 @@ def test_a_task_cancelled_while_its_request_is_added_leaves_nothing(build: Build
 def test_a_refusal_comes_to_the_one_who_asked(build: Build) -> None:
     async def main() -> None:
         async with AsyncEngine(Engine(build(), config=SMALL)) as serving:
-            with pytest.raises(RequestError, match=r"^prompt: must hold at least one token"):
+            with pytest.raises(RequestError, match=r"^ids: must hold at least one token"):
                 await streamed(serving, Request(ids=[]))
             assert await streamed(serving, Request(ids=[1], max_tokens=1))
 
@@ -127,3 +127,42 @@ def test_leaving_ends_what_is_under_way(build: Build) -> None:
 
     (answer,) = asyncio.run(main())
     assert answer.finish is Finish.CANCELLED
+
+
+def test_what_others_do_to_an_answer_comes_to_who_streams_it(build: Build) -> None:
+    """Cancelled through `call`, and stepped by somebody else's stream there."""
+    engine = Engine(build(), config=SMALL)
+
+    async def main() -> None:
+        async with AsyncEngine(engine) as serving:
+            begun = asyncio.Event()
+
+            async def watched() -> list[int | None]:
+                tokens = []
+                async for update in serving.stream(Request(ids=ids(20), max_tokens=3000)):
+                    tokens.append(update.token)
+                    begun.set()
+                return tokens
+
+            streaming = asyncio.create_task(watched())
+            await begun.wait()
+            await serving.call(lambda: list(engine.stream(Request(ids=ids(9), max_tokens=20))))
+            (answer,) = await serving.call(lambda: [one.answer for one in engine.scheduler.running])
+            await serving.call(lambda: engine.cancel(answer))
+            assert await asyncio.wait_for(streaming, 10) == [*answer.ids, None]
+            assert len(answer.ids) >= 20
+
+    asyncio.run(main())
+
+
+def test_outside_of_its_block_nobody_answers_and_that_is_said(build: Build) -> None:
+    async def main() -> None:
+        serving = AsyncEngine(Engine(build(), config=SMALL))
+        with pytest.raises(RuntimeError, match="the engine's thread has not begun: it does in `async with`"):
+            await asyncio.wait_for(serving.call(lambda: 1), 5)
+        async with serving:
+            assert await serving.call(lambda: 1) == 1
+        with pytest.raises(RuntimeError, match="the engine's thread has ended"):
+            await asyncio.wait_for(serving.call(lambda: 1), 5)
+
+    asyncio.run(main())

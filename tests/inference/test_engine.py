@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nemotron_h.config.engine import EngineConfig
 from nemotron_h.config.sampling import Sampling
-from nemotron_h.errors import CapacityError, ConfigError, RequestError
+from nemotron_h.errors import CapacityError, ConfigError, RequestError, ShapeError
 from nemotron_h.grid import BLOCK
 from nemotron_h.inference.engine import Engine
 from nemotron_h.inference.prefix import Cut
@@ -25,7 +25,7 @@ from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.model.linear import Linear
 from nemotron_h.ops.linear import linear
 from nemotron_h.text.tokenizer import Tokenizer
-from tests.inference.serving import alone, check_alone, check_conserved
+from tests.inference.serving import alone, budget, check_alone, check_conserved
 
 Build = Callable[..., Hybrid]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -472,17 +472,68 @@ def test_where_bits_depend_on_cuts_only_whole_portions_of_a_prompts_grid_are_reu
         ({"max_seconds": 0.0}, "^max_seconds: must be above 0, or None; got 0.0$"),
         ({"logprobs": 129}, "^logprobs: must lie in 0..128, or None; got 129$"),
         ({"boundaries": [4]}, "^boundaries: must lie in 0..3; got 4$"),
-        ({"ids": []}, "^prompt: must hold at least one token"),
+        ({"ids": []}, "^ids: must hold at least one token"),
         ({"ids": [1, 352]}, "^ids: must be integers in 0..351; got 352 at place 1$"),
         ({"max_tokens": 0}, "^max_tokens: must be 1 or above; got 0$"),
         ({"stop": "x"}, "^stop: needs an engine with a tokenizer; got none"),
+        ({"ids": 5}, "^ids: must be a sequence of integers; got 5$"),
+        ({"ends": 2}, "^ends: must be a collection of integers; got 2$"),
+        ({"ends": [None]}, r"^ends: must be integers; got \[None\]$"),
+        ({"generated": [352], "max_tokens": 2}, "^generated: must be integers in 0..351; got 352 at place 0$"),
+        ({"n": 1.5}, "^n: must be a whole number; got 1.5$"),
+        ({"logprobs": 1.5}, "^logprobs: must be a whole number; got 1.5$"),
+        ({"boundaries": [1.5]}, "^boundaries: must lie in 0..3; got 1.5$"),
+        ({"drawn_from": [1]}, "^drawn_from: must be a tensor, as `drawable` makes it; got"),
+        ({"drawn_from": torch.ones(5, dtype=torch.bool)}, r"^drawn_from: must have shape \(352,\); got \(5,\)$"),
+        ({"drawn_from": torch.zeros(352, dtype=torch.bool)}, "^drawn_from: must leave tokens to draw"),
+        ({"sampling": Sampling(logit_bias={352: 1.0})}, "^logit_bias: must be integers in 0..351; got 352 at place 0$"),
+        (
+            {"sampling": Sampling(seed=2**63 - 1), "n": 2},
+            r"^n: must leave seeds below 2\^63, each completion's own; got 2",
+        ),
     ],
 )
 def test_requests_that_cannot_be_honoured_are_refused_by_name(build: Build, change: dict[str, Any], words: str) -> None:
     engine = Engine(build(), config=SMALL)
-    with pytest.raises(RequestError, match=words):
+    with pytest.raises((RequestError, ShapeError), match=words):
         engine.add(Request(**{"ids": [1, 2, 3], **change}))
     assert not engine.scheduler.queue
+
+
+def test_what_is_read_for_one_request_alone_is_forgotten_with_it(build: Build) -> None:
+    engine = Engine(build(), config=SMALL)
+    answers = answered(
+        engine, Request(ids=ids(200), max_tokens=4, n=3, reuse=False, sampling=Sampling(temperature=1.0))
+    )
+    assert sum(answer.reuse.reused for answer in answers if answer.reuse is not None) == 2 * 200  # read once
+    assert not engine.memory.prefixes.snapshots
+    assert engine.memory.prefixes.tokens == 0
+    check_alone(engine.model, *answers)
+    check_conserved(engine)
+
+
+def test_an_answer_that_is_over_goes_no_further(build: Build, tokenizer: Tokenizer) -> None:
+    """Its tokens of before hold the stop string."""
+    engine, said = Engine(build(), tokenizer, SMALL), tokenizer.encode("so it is")
+    request = Request(ids=ids(20), generated=said, max_tokens=len(said) + 20, stop="o i")
+    updates = list(engine.stream(request))
+    assert [(update.token, update.answer.finish) for update in updates] == [(None, Finish.STOP)]
+    assert updates[0].answer.ids == said
+    assert updates[0].answer.text == "s"
+
+
+def test_pages_are_found_where_snapshots_hold_them_alone(build: Build) -> None:
+    """Those on the way of another free none: they are not let go for it."""
+    model = build()
+    engine = Engine(model, config=budget(model, max_running=1, pages=4, snapshots=8, portion_tokens=96))
+    answered(engine, Request(ids=ids(512), max_tokens=1, boundaries=[256]))  # two pages, three snapshots on them or so
+    on_the_way = {snapshot.node.end for snapshot in engine.memory.prefixes.snapshots.values()} - {512}
+    assert 256 in on_the_way
+    answered(engine, Request(ids=ids(512, seed=1), max_tokens=1))
+    answered(engine, Request(ids=ids(256, seed=2), max_tokens=1))  # one page more
+    left = {s.node.end for s in engine.memory.prefixes.along(np.array(ids(512), dtype=np.int64))}
+    assert 256 in left
+    check_conserved(engine)
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_allowed_ids_that_are_none_are_refused(build: Build, ids: list[int]) -> 
 @pytest.mark.parametrize(
     ("prompt", "max_tokens", "words"),
     [
-        ([], 5, "prompt: must hold at least one token"),
+        ([], 5, "ids: must hold at least one token"),
         ([1, 352], 5, r"ids: must be integers in 0..351; got 352 at place 1"),
         ([-1], 5, r"ids: must be integers in 0..351; got -1 at place 0"),
         ([1.5], 5, r"ids: must be integers in 0..351; got 1.5"),

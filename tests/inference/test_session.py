@@ -16,6 +16,7 @@ from nemotron_h.inference.engine import Engine
 from nemotron_h.inference.prefix import Cut
 from nemotron_h.inference.request import Answer, Request
 from nemotron_h.model import fingerprint
+from nemotron_h.model.check import Arithmetic
 from nemotron_h.model.hybrid import Hybrid
 from tests.inference.serving import check_alone, check_conserved
 from tests.inference.test_engine import DTYPES, SMALL, answered, ids
@@ -254,3 +255,35 @@ def test_a_session_that_does_not_fit_is_refused(build: Build, tmp_path: Path, mo
     ):
         saved(model, tmp_path / "two")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]
+
+
+def test_states_of_other_weights_are_not_saved(build: Build, tmp_path: Path) -> None:
+    """Weights that change between an answer and its file, with no step between."""
+    model = build()
+    engine = Engine(model, config=SMALL)
+    (answer,) = answered(engine, REQUEST)
+    before = engine.session(answer)
+    assert before.places
+    with torch.no_grad():
+        model.head_weight.mul_(2)
+    assert before.places == []
+    before.save(tmp_path / "before")
+    engine.session(answer).save(tmp_path / "after")
+    for name in ("before", "after"):
+        session = Engine(model, config=SMALL).restore(tmp_path / name)
+        assert session.ids == [*REQUEST.ids, *answer.ids]
+        assert session.places == []
+
+
+def test_where_one_arithmetic_does_not_hold_a_session_holds_whole_portions(build: Build, tmp_path: Path) -> None:
+    model, inexact = build(), Arithmetic(False, 4, ("rows of 96 x 32",), 0.0)
+    engine = Engine(model, config=SMALL, arithmetic=inexact)
+    (answer,) = answered(engine, replace(REQUEST, boundaries=[]))
+    session = engine.session(answer)
+    assert session.places == [96, 192, 288]
+    session.save(tmp_path / "one")
+    again = Engine(model, config=SMALL, arithmetic=inexact)
+    assert again.restore(tmp_path / "one").places == [96, 192, 288]
+    (other,) = answered(again, replace(REQUEST, boundaries=[]))
+    assert other.reuse is not None
+    assert other.reuse.reused == 288

@@ -28,7 +28,8 @@ def answer_batch(
 ) -> None:
     """Answer those prompts that the output has no answers to yet. asked: path, chat, system, stop and ignore_end.
 
-    Leaves with 130 or 143 where a signal asked it to stop: every answer that is whole is written.
+    Leaves with 130 or 143 where a signal asked it to stop: the answers up to the first that is not whole are written.
+    Leaves with 1 where some have an error for an answer.
     """
     from rich.console import Console
 
@@ -36,12 +37,13 @@ def answer_batch(
     from nemotron_h.config.settings import to_mapping
     from nemotron_h.inference.batch import Output, answers, as_line
 
-    requests = [as_request(model, prompt, max_tokens, sampling, asked) for prompt in prompts]
-    for number, request in enumerate(requests, 1):
+    requests = []
+    for prompt in prompts:
         try:
-            model.engine.check(request)
+            requests.append(as_request(model, prompt, max_tokens, sampling, asked))
+            model.engine.check(requests[-1])
         except NemotronError as error:
-            raise type(error)(f"prompt {number}: {error}") from None
+            raise type(error)(f"{prompt.where}: {error}") from None
     settings = {**asked, "max_tokens": max_tokens, "sampling": to_mapping(sampling)}
     settings |= {"precision": str(model.model.compute_dtype), "prompts": digest(requests)}
     done = Output(output, settings)

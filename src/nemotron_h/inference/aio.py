@@ -28,10 +28,12 @@ class AsyncEngine:
         self.engine = engine
         self.error: BaseException | None = None  # why the thread has ended, if it was not asked to
         self._asked: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()  # None: end
-        self._listeners: dict[Answer, Callable[[Update | None], None]] = {}
+        self._streams: set[Callable[[Update | None], None]] = set()
+        self._absent: str | None = "has not begun: it does in `async with`"  # why nobody does what is asked
         self._thread = threading.Thread(target=self._serve, name="nemotron-h engine", daemon=True)
 
     async def __aenter__(self) -> Self:
+        self._absent = None
         self._thread.start()
         return self
 
@@ -46,11 +48,13 @@ class AsyncEngine:
         updates: asyncio.Queue[Update | None] = asyncio.Queue()
 
         def tell(update: Update | None) -> None:
-            loop.call_soon_threadsafe(updates.put_nowait, update)
+            if not loop.is_closed():  # else nobody is left to hear it
+                loop.call_soon_threadsafe(updates.put_nowait, update)
 
         def add() -> tuple[Answer, ...]:
             answers = self.engine.add(request)
-            self._listeners |= dict.fromkeys(answers, tell)
+            self.engine.listen(answers, tell)
+            self._streams.add(tell)
             return answers
 
         adding = self._ask(add)
@@ -64,6 +68,7 @@ class AsyncEngine:
                 going -= update.token is None
                 yield update
         finally:
+            self._streams.discard(tell)
             if going:  # closed early; also while it was being added
                 adding.add_done_callback(self._forget)
 
@@ -74,18 +79,22 @@ class AsyncEngine:
     def _ask(self, function: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
         self._asked.put((function, future))
-        if not self._thread.is_alive():
+        if self._absent is not None:
             self._refuse_all()
         return future
 
     def _refuse_all(self) -> None:
-        """The thread has ended: nobody will do what is asked."""
-        while not self._asked.empty():
-            if (asked := self._asked.get()) is not None:
+        """Nobody will do what is asked."""
+        while True:
+            try:
+                asked = self._asked.get_nowait()
+            except queue.Empty:
+                return
+            if asked is not None and asked[1].set_running_or_notify_cancel():
                 asked[1].set_exception(self._ended())
 
     def _ended(self) -> RuntimeError:
-        error = RuntimeError("the engine's thread has ended")
+        error = RuntimeError(f"the engine's thread {self._absent}")
         error.__cause__ = self.error
         return error
 
@@ -94,7 +103,6 @@ class AsyncEngine:
 
         def end() -> None:
             for answer in added.result():
-                self._listeners.pop(answer, None)
                 self.engine.cancel(answer)
 
         if not added.cancelled() and added.exception() is None:
@@ -109,19 +117,25 @@ class AsyncEngine:
                     if asked is None:
                         return
                     self._do(*asked)
-                for update in self.engine.step():
-                    if update.answer in self._listeners:
-                        self._listeners[update.answer](update)
-                        if update.token is None:
-                            del self._listeners[update.answer]
+                self.engine.step()
         except BaseException as error:  # the outermost loop of a thread: whoever waits is told
-            self.error = error
-            LOG.exception("the engine's thread has ended")
+            self._fail(error)
         finally:
-            self.engine.close()
-            for answer, tell in self._listeners.items():
-                tell(Update(answer, None, "") if self.error is None else None)
+            try:
+                self.engine.close()
+            except BaseException as error:
+                self._fail(error)
+            self._absent = "has ended"  # before the last look: what is asked later, its asker refuses
+            for tell in list(self._streams):
+                tell(None)
             self._refuse_all()
+
+    def _fail(self, error: BaseException) -> None:
+        """Streams end with it."""
+        self.error, self._absent = error, "has ended"
+        LOG.error("the engine's thread has ended", exc_info=error)
+        for tell in list(self._streams):
+            tell(None)
 
     def _do(self, function: Callable[[], T], future: Future[T]) -> None:
         if not future.set_running_or_notify_cancel():

@@ -28,6 +28,7 @@ AHEAD = 2  # times as many requests as run at once are known to the engine: who 
 class Prompt:
     """One line."""
 
+    where: str  # the file, and the number of the line
     prompt: str | None
     ids: Sequence[int] | None
     max_tokens: int | None
@@ -36,13 +37,14 @@ class Prompt:
 def read_prompts(path: Path) -> list[Prompt]:
     """All lines of a file. Raises: DataError, naming the line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().decode().split("\n")  # not where else text may break: JSON may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: must be a readable file of UTF-8; got {error}") from None
-    return [parsed(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    return [parsed(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def parsed(line: str, where: str) -> Prompt:
+def parsed(line: str, path: Path, number: int) -> Prompt:
+    where = f"{path}, line {number}"
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -61,7 +63,7 @@ def parsed(line: str, where: str) -> Prompt:
         raise DataError(f"{where}: ids: must be a list of whole numbers, at least one")
     if most is not None and (type(most) is not int or most < 1):
         raise DataError(f"{where}: max_tokens: must be a whole number of 1 or above; got {most!r}")
-    return Prompt(prompt, ids, most)
+    return Prompt(where, prompt, ids, most)
 
 
 def answers(engine: Engine, requests: Sequence[Request], going: Callable[[], bool] = lambda: True) -> Iterator[Answer]:
@@ -69,7 +71,7 @@ def answers(engine: Engine, requests: Sequence[Request], going: Callable[[], boo
     before each step of the engine; False ends it."""
     waiting, under_way = deque(requests), deque[Answer]()
     while waiting or under_way:
-        while waiting and len(under_way) < AHEAD * engine.config.max_running:
+        while waiting and sum(answer.finish is None for answer in under_way) < AHEAD * engine.config.max_running:
             under_way += engine.add(waiting.popleft())
         while under_way and under_way[0].finish is not None:
             yield under_way.popleft()

@@ -13,11 +13,13 @@ was interrupted and read again. `naive.py` is what every answer equals.
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
+
+import torch
 
 from nemotron_h import machine
 from nemotron_h.config.engine import EngineConfig
@@ -25,7 +27,7 @@ from nemotron_h.errors import CapacityError, RequestError
 from nemotron_h.inference import naive
 from nemotron_h.inference.memory import Memory
 from nemotron_h.inference.prefix import Kind, Snapshot
-from nemotron_h.inference.request import PRIVATE, Answer, Finish, Request, Update
+from nemotron_h.inference.request import PRIVATE, Answer, Finish, Request, Update, check_ids, private_salt
 from nemotron_h.inference.runner import read
 from nemotron_h.inference.sampling import Logprobs, drawable, logprobs
 from nemotron_h.inference.scheduler import Scheduler, calls
@@ -35,6 +37,7 @@ from nemotron_h.inference.store import Store
 from nemotron_h.model import fingerprint
 from nemotron_h.model.check import Arithmetic, start_up
 from nemotron_h.model.hybrid import Hybrid
+from nemotron_h.ops.shapes import expect
 from nemotron_h.text.tokenizer import Tokenizer
 
 LOG = logging.getLogger(__name__)
@@ -74,7 +77,7 @@ class Engine:
         # where text is wanted, only ids that stand for some are drawn: vocabularies are padded, and have holes
         known = tokenizer.known_ids if tokenizer is not None else None
         self._drawn_from = drawable(known, model.config.vocab_size)
-        self._listeners: dict[Answer, deque[Update]] = {}
+        self._listeners: dict[Answer, Callable[[Update], None]] = {}
         self._updates: list[Update] = []  # of the step at hand
         self._versions = fingerprint.versions(model)
         self._sessions = Sessions(self.memory, model, tokenizer, exact=self.arithmetic.holds)
@@ -87,37 +90,47 @@ class Engine:
         Raises: RequestError, naming the field; CapacityError for what can never fit.
         """
         self.check(request)
-        answers, salt = [], request.cache_salt if request.reuse else None
+        salt = request.cache_salt if request.reuse else None
         if salt is None and request.n > 1:
-            salt = f"{PRIVATE}{self.counts.requests}"  # they share what they read, with nobody else
-        for index in range(request.n):
-            self.counts.requests += 1
-            sequence = Running.of(
+            salt = private_salt()  # they share what they read, with nobody else
+        first = self.counts.requests + 1
+        sequences = [
+            Running.of(
                 request,
                 index,
-                number=self.counts.requests,
+                number=first + index,
                 salt=salt,
                 tokenizer=self.tokenizer,
                 drawn_from=self._drawn_from,
             )
-            self.scheduler.queue.append(sequence)
-            answers.append(sequence.answer)
-        return tuple(answers)
+            for index in range(request.n)
+        ]
+        self.counts.requests += request.n
+        self.scheduler.queue += sequences
+        return tuple(sequence.answer for sequence in sequences)
 
     def check(self, request: Request) -> None:
         """Refuse what `add` would."""
-        naive.check(self.model, [*request.ids, *request.generated], request.max_tokens)
+        vocab = self.model.config.vocab_size
+        naive.check(self.model, request.ids, request.max_tokens)
+        check_ids(request.generated, vocab, "generated")
+        check_ids([token for token, _ in request.sampling.logit_bias], vocab, "logit_bias")
+        if request.drawn_from is not None:
+            expect(request.drawn_from, "drawn_from", (vocab,), torch.bool)
+            known = self._drawn_from
+            if not request.drawn_from.any() or (known is not None and (request.drawn_from.cpu() & ~known).any()):
+                raise RequestError("drawn_from: must leave tokens to draw, and only such as the tokenizer knows")
         if request.stop and self.tokenizer is None:
             raise RequestError("stop: needs an engine with a tokenizer; got none; cut the ids yourself")
-        if request.logprobs is not None and request.logprobs > self.model.config.vocab_size:
-            raise RequestError(f"logprobs: must lie in 0..{self.model.config.vocab_size}; got {request.logprobs}")
+        if request.logprobs is not None and request.logprobs > vocab:
+            raise RequestError(f"logprobs: must lie in 0..{vocab}; got {request.logprobs}")
         self.memory.check_fits(len(request.ids) + request.max_tokens - 1)
 
     def stream(self, request: Request) -> Iterator[Update]:
         """Add a request, now, and step until its answers have ended, giving what each step did to them. Others go on
         meanwhile; to close the stream cancels its own."""
         answers, updates = self.add(request), deque[Update]()
-        self._listeners |= dict.fromkeys(answers, updates)
+        self.listen(answers, updates.append)
         stream = self._stream(answers, updates)
         next(stream)  # into its `try`: a stream that is closed before it is read ends its request, too
         return stream
@@ -132,8 +145,12 @@ class Engine:
                     self.step()
         finally:
             for answer in answers:
-                del self._listeners[answer]
+                self._listeners.pop(answer, None)
                 self.cancel(answer)
+
+    def listen(self, answers: Iterable[Answer], tell: Callable[[Update], None]) -> None:
+        """Let tell know what is done to these answers from now on, whoever does it, up to the end of each."""
+        self._listeners |= dict.fromkeys(answers, tell)
 
     @property
     def busy(self) -> bool:
@@ -173,7 +190,8 @@ class Engine:
             rows = calls(counts, alone=not scheduler.exact)
             read(self.model, self.memory.state, scheduler.running, counts, rows)
         except BaseException:
-            scheduler.retract()  # rows are half-written, and nothing else is
+            with self._all_or_nothing():
+                scheduler.retract()  # rows are half-written, and nothing else is
             raise
         with self._all_or_nothing():
             scheduler.read(counts)
@@ -195,6 +213,7 @@ class Engine:
     def session(self, of: Answer | Sequence[int], *, salt: str = "", extra: Mapping[str, Any] | None = None) -> Session:
         """Hold what is known of an answer, as far as it has come, or of ids. salt: of ids. extra: plain values of your
         own, for its file."""
+        self._notice_weights()
         if not isinstance(of, Answer):
             return self._sessions.held(of, salt=salt, extra=extra)
         if salt:
@@ -241,8 +260,9 @@ class Engine:
         if versions == self._versions:
             return
         self._versions = versions
-        self.scheduler.retract()
-        self.memory.forget()
+        with self._all_or_nothing():
+            self.scheduler.retract()
+            self.memory.forget()
         self._sessions = Sessions(self.memory, self.model, self.tokenizer, exact=self.arithmetic.holds)
         if self.scheduler.store is not None:
             LOG.warning("the weights have changed: the folder of snapshots is not used any more")
@@ -253,11 +273,16 @@ class Engine:
         update = Update(answer, token, text, chances)
         self._updates.append(update)
         if answer in self._listeners:
-            self._listeners[answer].append(update)
+            self._listeners[answer](update)
+            if token is None:
+                del self._listeners[answer]
 
     def _end_overdue(self) -> None:
-        """End those whose time is up."""
+        """End those whose time is up, and who was over when it was added: it goes on from a stop string."""
         now = time.perf_counter()
+        for sequence in list(self.scheduler.queue):
+            if (finish := sequence.finish) is not None:
+                self._end(sequence, finish)
         for sequence in (*self.scheduler.running, *self.scheduler.queue):
             limit = sequence.answer.request.max_seconds
             if limit is not None and now - sequence.answer.added > limit:

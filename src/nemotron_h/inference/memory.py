@@ -230,6 +230,12 @@ class Memory:
             self.drop(snapshot)
         self.prefixes = Prefixes(self.slots)
 
+    def forget_salt(self, salt: str) -> None:
+        """Nothing of it is known any more."""
+        for snapshot in [one for one in self.prefixes.snapshots.values() if one.node.salt == salt]:
+            self.drop(snapshot)
+        self.prefixes.forget(salt)
+
     def end(self, row: int, last: int, *, damaged: bool = False) -> None:
         """The sequence of a row has ended; the one of the last row takes its place. damaged: its state is no numbers
         any more, and all of it is made so."""
@@ -256,19 +262,29 @@ class Memory:
             LOG.warning("nothing is reused from now on: %s", self.distrusted)
             self.forget()
 
+    @property
+    def _owed(self) -> int:
+        """Pages that are promised, and not yet held."""
+        return sum(max(0, promised - len(self.state.tables[row])) for row, promised in enumerate(self.promised))
+
+    def has_room(self, count: int) -> bool:
+        """Are so many pages free and not promised, or would be if snapshots went?"""
+        if len(self.pages.free) - self._owed >= count:
+            return True
+        pinned = [slot for slot, snapshot in self.prefixes.snapshots.items() if snapshot.pins]
+        stay = {page for row in (*range(len(self.promised)), *pinned) for page in self.state.tables[row]}
+        return self.sizes.pages - len(stay) - self._owed >= count
+
     def _make_room(self, count: int) -> bool:
         """Let snapshots go until so many pages are free and not promised; whether they are. Where all of them would not
         be enough, none goes."""
-        tables = self.state.tables
-        owed = sum(max(0, promised - len(tables[row])) for row, promised in enumerate(self.promised))
-        if len(self.pages.free) - owed >= count:
-            return True
-        pinned = [slot for slot, snapshot in self.prefixes.snapshots.items() if snapshot.pins]
-        stay = {page for row in (*range(len(self.promised)), *pinned) for page in tables[row]}
-        if self.sizes.pages - len(stay) - owed < count:
+        if not self.has_room(count):
             return False
+        owed, tables, holders = self._owed, self.state.tables, self.pages.holders
         while len(self.pages.free) - owed < count:
-            worst = self.prefixes.worst()
+            # one that frees a page: who shares the last one shares all
+            alone = [one for one in self.prefixes.snapshots.values() if holders[tables[one.slot][-1]] == 1]
+            worst = self.prefixes.worst(alone) or self.prefixes.worst()
             assert worst is not None
             self.spill(worst)
             self.drop(worst)

@@ -5,13 +5,12 @@ the bit, at any size of the prompt's portions.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from numbers import Integral
-from typing import TypeGuard
 
 import torch
 
 from nemotron_h.config.sampling import Sampling
 from nemotron_h.errors import RequestError
+from nemotron_h.inference.request import check_ids, is_whole
 from nemotron_h.inference.sampling import Sampler, drawable
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.model.state import State
@@ -90,18 +89,12 @@ def recomputed(
 def check(model: Hybrid, prompt: Sequence[int], max_tokens: int, drawn_from: Collection[int] | None = None) -> None:
     """Refuse what cannot be generated from, by name."""
     if not len(prompt):
-        raise RequestError("prompt: must hold at least one token; got none")
+        raise RequestError("ids: must hold at least one token; got none")
     vocab = model.config.vocab_size
-    for place, token in enumerate(prompt):
-        if not _is_whole(token) or not 0 <= token < vocab:
-            raise RequestError(f"ids: must be integers in 0..{vocab - 1}; got {token!r} at place {place}")
-    if not _is_whole(max_tokens):
+    check_ids(prompt, vocab, "ids")
+    if not is_whole(max_tokens):
         raise RequestError(f"max_tokens: must be a whole number; got {max_tokens!r}")
     if max_tokens < 1:
         raise RequestError(f"max_tokens: must be 1 or above; got {max_tokens}")
     if drawn_from is not None and not 0 <= min(drawn_from, default=-1) <= max(drawn_from, default=vocab) < vocab:
         raise RequestError(f"drawn_from: must be one id or more of 0..{vocab - 1}; got others, or none")
-
-
-def _is_whole(value: object) -> TypeGuard[int]:
-    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -192,9 +192,10 @@ class Prefixes:
         self.taken[kind] += 1
         return snapshot, gone
 
-    def worst(self) -> Snapshot | None:
-        """The one that may go and is worth least."""
-        return min((one for one in self.snapshots.values() if not one.pins), key=self.worth, default=None)
+    def worst(self, among: Iterable[Snapshot] | None = None) -> Snapshot | None:
+        """The one that may go and is worth least. None: among all."""
+        some = self.snapshots.values() if among is None else among
+        return min((one for one in some if not one.pins), key=self.worth, default=None)
 
     def worth(self, snapshot: Snapshot) -> float:
         """Tokens that it saves, times how soon it may be used again: the share of its kind that was ever reused, its
@@ -211,6 +212,11 @@ class Prefixes:
         snapshot.node.snapshot, snapshot.node.evicted = None, True
         del self.snapshots[snapshot.slot]
         self.free.append(snapshot.slot)
+
+    def forget(self, salt: str) -> None:
+        """Nothing of it is known any more; its snapshots have gone before."""
+        if (root := self._roots.pop(salt, None)) is not None:
+            self.tokens -= sum(len(node.keys) for node in below(root))
 
     def _walk(self, keys: Keys, salt: str) -> Iterator[tuple[Node, int]]:
         """Nodes along keys, each with how many keys match up to it or into it."""
@@ -242,7 +248,8 @@ class Prefixes:
     def _forget(self, new: Node) -> None:
         """Where too many keys are known, forget the leaves that were unused for longest, but for a new one."""
         while self.tokens > self.remembered_tokens:
-            leaves = [node for node in self._nodes() if not node.children and node.snapshot is None and node.parent]
+            nodes = (node for root in self._roots.values() for node in below(root))
+            leaves = [node for node in nodes if not node.children and node.snapshot is None and node.parent]
             leaves = [leaf for leaf in leaves if leaf is not new]
             if not leaves:
                 return
@@ -254,12 +261,14 @@ class Prefixes:
                 if leaf.parent.parent is None and not leaf.parent.children:
                     del self._roots[leaf.salt]
 
-    def _nodes(self) -> Iterator[Node]:
-        left = list(self._roots.values())
-        while left:
-            node = left.pop()
-            left.extend(node.children.values())
-            yield node
+
+def below(node: Node) -> Iterator[Node]:
+    """It, and all below it."""
+    left = [node]
+    while left:
+        node = left.pop()
+        left.extend(node.children.values())
+        yield node
 
 
 def common(one: Keys, other: Keys) -> int:

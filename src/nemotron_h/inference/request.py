@@ -1,11 +1,15 @@
 """What is asked of an engine, and what comes back: an answer for each completion, growing token by token."""
 
 import math
+import secrets
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from numbers import Integral
+from typing import TypeGuard
 
+import numpy as np
 from torch import Tensor
 
 from nemotron_h.config.sampling import Sampling
@@ -15,6 +19,11 @@ from nemotron_h.inference.sampling import LogitsHook, Logprobs
 
 GREEDY = Sampling()
 PRIVATE = "\0"  # the beginning of salts that are the engine's own, and never written to a folder
+
+
+def private_salt(kind: str = "") -> str:
+    """A salt that nobody can guess."""
+    return f"{PRIVATE}{kind}{secrets.token_hex(16)}"
 
 
 class Finish(StrEnum):
@@ -37,13 +46,14 @@ class Request:
     max_tokens: int = 128  # of the answer, with those
     max_seconds: float | None = None  # from when it was added; the tokens drawn until then stand
     sampling: Sampling = GREEDY
-    n: int = 1  # completions, number i drawn with seed + i; the prompt is read once, where the engine keeps snapshots
+    n: int = 1  # completions, number i drawn with seed + i; a prompt that is not short is read once for all of them
     ends: Collection[int] = ()  # an answer ends before one of these
     stop: Sequence[str] = ()  # and before the first of these texts; needs a tokenizer
     marks_visible: bool = False  # in the text: control tokens of thinking and of calls, which decoding may leave out
     drawn_from: Tensor | None = None  # (vocab,) bool, of `sampling.drawable`; None: all that the tokenizer knows
     logprobs: int | None = None  # of each token, and of so many of the likeliest beside; None: of none
-    hook: LogitsHook | None = None  # changes the logits before a token is drawn
+    hook: LogitsHook | None = None  # changes the logits before a token is drawn; of its arguments alone: draws of n
+    # completions come in turns, and may come again
     boundaries: Sequence[int] = ()  # places in ids where another prompt may part from this one
     cache_salt: str = ""  # only requests of one salt reuse what each other has read; those after a NUL are private
     reuse: bool = True
@@ -51,8 +61,11 @@ class Request:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        self._check_kinds()
         if self.n < 1:
             raise RequestError(f"n: must be 1 or above; got {self.n}")
+        if self.sampling.seed + self.n - 1 >= 2**63:
+            raise RequestError(f"n: must leave seeds below 2^63, each completion's own; got {self.n}")
         if self.max_seconds is not None and not (math.isfinite(self.max_seconds) and self.max_seconds > 0):
             raise RequestError(f"max_seconds: must be above 0, or None; got {self.max_seconds}")
         if self.logprobs is not None and not 0 <= self.logprobs <= 128:
@@ -64,8 +77,23 @@ class Request:
                 f"max_tokens: must be above the {len(self.generated)} tokens of generated; got {self.max_tokens}"
             )
         for place in self.boundaries:
-            if not 0 <= place <= len(self.ids):
+            if not is_whole(place) or not 0 <= place <= len(self.ids):
                 raise RequestError(f"boundaries: must lie in 0..{len(self.ids)}; got {place}")
+
+    def _check_kinds(self) -> None:
+        """Refuse what would be found out in the middle of a step, where others are served."""
+        for name, kind in (("ids", Sequence), ("generated", Sequence), ("ends", Collection), ("boundaries", Sequence)):
+            given = getattr(self, name)
+            if not isinstance(given, (kind, np.ndarray)):
+                raise RequestError(f"{name}: must be a {kind.__name__.lower()} of integers; got {given!r}")
+        if not all(is_whole(token) for token in self.ends):
+            raise RequestError(f"ends: must be integers; got {self.ends!r}")
+        for name in ("n", "logprobs"):
+            given = getattr(self, name)
+            if not is_whole(given) and not (name == "logprobs" and given is None):
+                raise RequestError(f"{name}: must be a whole number; got {given!r}")
+        if self.drawn_from is not None and not isinstance(self.drawn_from, Tensor):
+            raise RequestError(f"drawn_from: must be a tensor, as `drawable` makes it; got {self.drawn_from!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,3 +131,14 @@ class Update:
     token: int | None  # None: it ended without another
     text: str  # that is certain now
     logprobs: Logprobs | None = None
+
+
+def check_ids(ids: Iterable[int], vocab: int, name: str) -> None:
+    """Refuse what is no token of the vocabulary."""
+    for place, token in enumerate(ids):
+        if not is_whole(token) or not 0 <= token < vocab:
+            raise RequestError(f"{name}: must be integers in 0..{vocab - 1}; got {token!r} at place {place}")
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, Integral) and not isinstance(value, bool)

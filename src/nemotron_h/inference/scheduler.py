@@ -39,6 +39,7 @@ class Counts:
     reused_tokens: int = 0
     lost_tokens: Counter[Cut] = field(default_factory=Counter)  # of prompts, by why they were not reused
     audits: int = 0
+    audited_tokens: int = 0  # of those reused, read all the same, to be compared
 
 
 class Scheduler:
@@ -51,6 +52,7 @@ class Scheduler:
         self.queue: deque[Sequence] = deque()
         self.store: Store | None = None  # snapshots in a folder
         self.counts = Counts()
+        self.trusting = True  # no audit has failed yet
         self._audits = random.Random(0)
 
     @property
@@ -87,6 +89,7 @@ class Scheduler:
             cold = replace(match, snapshot=None)
             if self.memory.begin(row, cold, sequence.longest, beside=audited):
                 self._run(sequence, match, cold, audited)
+                self.counts.audited_tokens += match.reused
                 return True
         if self.memory.begin(row, match, sequence.longest):
             self._run(sequence, match, match, None)
@@ -100,7 +103,9 @@ class Scheduler:
     def _run(self, sequence: Sequence, match: Match, begun: Match, audited: Snapshot | None) -> None:
         self.running.append(sequence)
         self._count(sequence, match)
-        self._plan(sequence, begun, audited)
+        if match.cut is not Cut.OFF:
+            self._plan(sequence, begun, audited)
+            self.memory.prefixes.use(match)
 
     def shares(self) -> tuple[list[int], int]:
         """Tokens of each in the next pass, in the order of rows; and how many more of prompts would find room in it."""
@@ -113,6 +118,11 @@ class Scheduler:
         for row, (sequence, place) in enumerate(zip(self.running, self.positions, strict=True)):
             if place in sequence.pauses:
                 self.keep(row, sequence, sequence.pauses.pop(place))
+        if self.memory.distrusted is not None and self.trusting:
+            self.trusting = False  # what was computed from such a snapshot is read again, and its like are gone
+            if self.store is not None:
+                self.store.clear()
+            self.retract()
 
     def keep(self, row: int, sequence: Sequence, kind: Kind, *, awaited: bool = False) -> None:
         """Offer a sequence's state, as it is now, for a snapshot."""
@@ -124,7 +134,7 @@ class Scheduler:
                 self.counts.audits += 1
                 memory.audit(row, sequence.audited, logits)
             sequence.let_go()
-        if sequence.salt is not None and memory.distrusted is None:
+        if sequence.salt is not None and self.config.reuse and memory.distrusted is None:
             awaited = awaited or place in sequence.awaited
             memory.keep(row, sequence.keys[:place], sequence.salt, kind, logits, awaited=awaited)
 
@@ -140,6 +150,9 @@ class Scheduler:
         self.memory.end(row, last, damaged=damaged)
         self.running[row] = self.running[last]
         self.running.pop()
+        salt = sequence.salt
+        if salt is not None and sequence.alone and all(o.salt != salt for o in (*self.running, *self.queue)):
+            self.memory.forget_salt(salt)
 
     def retract(self) -> None:
         """Rows are half-written, or of no use any more: everybody begins again, where snapshots allow."""
@@ -188,6 +201,8 @@ class Scheduler:
         place, path = self.store.match(sequence.keys, sequence.salt)
         if path is None or place - match.reused < WORTH_WAITING:
             return match
+        if not self.memory.has_room(self.memory.blocks(sequence.longest)):
+            return match  # it cannot begin yet: the file is read when it can
         try:
             self.memory.load(sequence.keys[:place], sequence.salt, *self.store.get(path))
         except (DataError, CapacityError) as error:
@@ -207,8 +222,6 @@ class Scheduler:
 
     def _plan(self, sequence: Sequence, match: Match, audited: Snapshot | None) -> None:
         """Where its reading will pause."""
-        if match.cut is Cut.OFF:
-            return
         length, portion = len(sequence.tokens), self.config.portion_tokens
         if self.exact:
             boundaries = sequence.answer.request.boundaries
@@ -221,8 +234,6 @@ class Scheduler:
             audited.pins += 1
             sequence.audited = audited
             sequence.pauses[audited.node.end] = audited.kind
-        else:
-            self.memory.prefixes.use(match)
 
 
 def shares(running: Sequence_[Sequence], positions: Sequence_[int], portion: int) -> tuple[list[int], int]:

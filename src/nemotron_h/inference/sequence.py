@@ -24,8 +24,9 @@ class Sequence:
     tokens: list[int]  # the prompt, and what was drawn
     prompt: Keys
     salt: str | None  # of the tree that it reuses and feeds; None: neither
-    text: TextStream | None  # None: there is no tokenizer
-    stop: StopStrings
+    tokenizer: Tokenizer | None
+    text: TextStream | None = field(init=False)  # None: there is no tokenizer
+    stop: StopStrings = field(init=False)
     pauses: dict[int, Kind] = field(default_factory=dict)  # places where reading stops, for a snapshot
     awaited: set[int] = field(default_factory=set)  # those where another request will begin
     logits: Tensor | None = None  # (vocab,), after the last token that was read, where they were wanted
@@ -44,10 +45,6 @@ class Sequence:
     ) -> Self:
         """The request's completion of that index. drawn_from: where the request does not say."""
         ids, generated = ([int(token) for token in tokens] for tokens in (request.ids, request.generated))
-        text, stop = None, StopStrings(request.stop)
-        if tokenizer is not None:
-            text = TextStream(tokenizer, visible=mark_ids(tokenizer) if request.marks_visible else ())
-        said = "".join(stop.push(text.push(token)) for token in generated) if text is not None else ""
         sampler = Sampler(
             replace(request.sampling, seed=request.sampling.seed + index),
             prompt=ids,
@@ -56,20 +53,35 @@ class Sequence:
             hook=request.hook,
         )
         return cls(
-            answer=Answer(request, index, generated, said),
+            answer=Answer(request, index, generated),
             number=number,
             sampler=sampler,
             tokens=ids + generated,
             prompt=np.array(ids, dtype=np.int64),
             salt=salt,
-            text=text,
-            stop=stop,
+            tokenizer=tokenizer,
         )
+
+    def __post_init__(self) -> None:
+        self._decode()
+
+    def _decode(self) -> None:
+        """The text of the answer's ids, from the first on."""
+        request, tokenizer = self.answer.request, self.tokenizer
+        self.text, self.stop = None, StopStrings(request.stop)
+        if tokenizer is not None:
+            self.text = TextStream(tokenizer, visible=mark_ids(tokenizer) if request.marks_visible else ())
+            self.answer.text = "".join(self.stop.push(self.text.push(token)) for token in self.answer.ids)
 
     @property
     def keys(self) -> Keys:
         """Of its tokens."""
         return self.prompt if len(self.tokens) == len(self.prompt) else np.array(self.tokens, dtype=np.int64)
+
+    @property
+    def alone(self) -> bool:
+        """Does nobody but the request's own completions reuse what it reads?"""
+        return not self.answer.request.reuse
 
     @property
     def longest(self) -> int:
@@ -82,12 +94,12 @@ class Sequence:
 
     def take(self, token: int, chances: Logprobs | None) -> str:
         """The next token; the text that is certain with it."""
-        self.tokens.append(token)
-        self.answer.ids.append(token)
-        if chances is not None:
-            self.answer.logprobs.append(chances)
         text = self.stop.push(self.text.push(token)) if self.text is not None else ""
         self.answer.text += text
+        if chances is not None:
+            self.answer.logprobs.append(chances)
+        self.tokens.append(token)
+        self.answer.ids.append(token)
         return text
 
     @property
@@ -104,7 +116,13 @@ class Sequence:
         return rest
 
     def begin_again(self) -> None:
-        """What was planned for its reading is planned anew; a draw that was not taken is drawn again."""
+        """What was planned for its reading is planned anew; a token that is not one of the answer's yet is drawn again,
+        though it was half taken."""
+        answer = self.answer
+        drawn = len(answer.ids) - len(answer.request.generated)
+        self.tokens = [*self.prompt.tolist(), *answer.ids]
+        del answer.logprobs[drawn:]
+        self._decode()
         self.pauses, self.logits = {}, None
         self.awaited.clear()
         self.let_go()

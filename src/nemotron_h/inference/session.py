@@ -9,7 +9,6 @@ The snapshots lie in the tree of `prefix.py`, for everybody who begins with the 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,12 @@ from nemotron_h.errors import RequestError
 from nemotron_h.inference import session_file
 from nemotron_h.inference.memory import Memory
 from nemotron_h.inference.prefix import Kind, Snapshot
-from nemotron_h.inference.request import PRIVATE, Request
+from nemotron_h.inference.request import PRIVATE, Request, private_salt
 from nemotron_h.model import fingerprint
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.text.tokenizer import Tokenizer
 
-APART = f"{PRIVATE}inexact "  # the beginning of salts that only one restored session has
+INEXACT = "inexact "  # in salts that only one restored session has
 MOST = 4  # snapshots that a session holds beside the first: where its last turns ended and parted
 
 
@@ -37,7 +36,9 @@ class Sessions:
     def __init__(self, memory: Memory, model: Hybrid, tokenizer: Tokenizer | None, *, exact: bool) -> None:
         """exact: one arithmetic holds here."""
         self.memory, self.model, self.tokenizer, self.exact = memory, model, tokenizer, exact
-        self._apart = 0  # how many are kept apart
+        self._versions = fingerprint.versions(model)
+        self._prints: dict[str, Any] = {}
+        self._prints_of: object = None  # versions of the weights
 
     def held(
         self,
@@ -50,8 +51,8 @@ class Sessions:
     ) -> "Session":
         """Of these ids, as far as they are known. prompt_tokens: of them; None: all."""
         way = self.memory.prefixes.along(np.array(ids, dtype=np.int64), salt)
-        # not those on the way through a long prompt, which are for prompts that are edited there
-        way = [snapshot for snapshot in way if snapshot.kind is not Kind.TAIL]
+        if self.exact:  # not those on the way through a long prompt, which are for prompts that are edited there
+            way = [snapshot for snapshot in way if snapshot.kind is not Kind.TAIL]
         return Session(
             sessions=self,
             ids=[int(token) for token in ids],
@@ -78,8 +79,7 @@ class Sessions:
     def restored(self, path: Path, *, salt: str, inexact: bool) -> "Session":
         header, tensors = session_file.read(path)
         if not session_file.check_agrees(path, header, self.prints, self.arithmetic, inexact=inexact):
-            self._apart += 1
-            salt = f"{APART}{self._apart}"
+            salt = private_salt(INEXACT)
         ids = tensors["ids"]
         places = [(place, Kind(kind)) for place, kind in header.snapshots]
         self.memory.load(ids.numpy(), salt, places, tensors)
@@ -93,15 +93,26 @@ class Sessions:
         """What a session must agree in, or be marked."""
         return {**fingerprint.arithmetic(self.model), "holds": self.exact}
 
-    @cached_property
+    @property
+    def present(self) -> bool:
+        """Are the weights those that were when this was made? Else its snapshots are of no use."""
+        return fingerprint.versions(self.model) == self._versions
+
+    @property
     def prints(self) -> dict[str, Any]:
-        """Fingerprints that a session must agree in. The first time, a pass over all weights."""
-        return {
-            "shape": fingerprint.shape(self.model.config),
-            "weights": fingerprint.weights(self.model),
-            "precision": str(self.model.compute_dtype).removeprefix("torch."),
-            "tokenizer": self.tokenizer.digest if self.tokenizer is not None else None,
-        }
+        """Fingerprints that a session must agree in. The first time with these weights, a pass over all of them."""
+        versions = fingerprint.versions(self.model)
+        if versions != self._prints_of:
+            self._prints_of, self._prints = (
+                versions,
+                {
+                    "shape": fingerprint.shape(self.model.config),
+                    "weights": fingerprint.weights(self.model),
+                    "precision": str(self.model.compute_dtype).removeprefix("torch."),
+                    "tokenizer": self.tokenizer.digest if self.tokenizer is not None else None,
+                },
+            )
+        return self._prints
 
 
 @dataclass(eq=False, kw_only=True)
@@ -124,12 +135,12 @@ class Session:
     @property
     def snapshots(self) -> list[Snapshot]:
         """Those that are there: all that are held, unless the weights have changed, or an audit failed."""
-        return [snapshot for snapshot in self.held if snapshot.kept]
+        return [snapshot for snapshot in self.held if snapshot.kept] if self.sessions.present else []
 
     @property
     def exact(self) -> bool:
         """Else it was computed by another arithmetic, and nobody else reuses it."""
-        return not self.salt.startswith(APART)
+        return not self.salt.startswith(f"{PRIVATE}{INEXACT}")
 
     @property
     def places(self) -> list[int]:

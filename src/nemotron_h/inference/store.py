@@ -55,6 +55,11 @@ class Store:
         """Let the folder go."""
         self._claim.close()
 
+    def clear(self) -> None:
+        """Remove all that this model could use: they are not to be trusted."""
+        for name in [name for name, file in self._files.items() if file.snapshot is not None]:
+            self._remove(name)
+
     def match(self, keys: Keys, salt: str) -> tuple[int, Path | None]:
         """How many keys the deepest snapshot of the folder has read, and its file."""
         snapshot = self._tree.match(keys, digest(salt)).snapshot
@@ -97,6 +102,7 @@ class Store:
             return
         path = self.folder / name
         self._files[name] = File(path, path.stat().st_size, self._taken(keys, digest(salt), kind))
+        self._shrink()  # with its header
 
     def _indexed(self, path: Path) -> Snapshot | None:
         try:
