@@ -522,17 +522,17 @@ def test_an_answer_that_is_over_goes_no_further(build: Build, tokenizer: Tokeniz
     assert updates[0].answer.text == "s"
 
 
-def test_pages_are_found_where_snapshots_hold_them_alone(build: Build) -> None:
-    """Those on the way of another free none: they are not let go for it."""
+def test_for_a_page_those_go_that_end_on_it(build: Build) -> None:
+    """Those before them on the same way free none."""
     model = build()
-    engine = Engine(model, config=budget(model, max_running=1, pages=4, snapshots=8, portion_tokens=96))
-    answered(engine, Request(ids=ids(512), max_tokens=1, boundaries=[256]))  # two pages, three snapshots on them or so
+    engine = Engine(model, config=budget(model, max_running=1, pages=4, snapshots=16, portion_tokens=96))
+    answered(engine, Request(ids=ids(512), max_tokens=1, boundaries=[256]))  # two pages, and places all over them
     on_the_way = {snapshot.node.end for snapshot in engine.memory.prefixes.snapshots.values()} - {512}
-    assert 256 in on_the_way
+    assert on_the_way == {96, 256, 288, 384}
     answered(engine, Request(ids=ids(512, seed=1), max_tokens=1))
     answered(engine, Request(ids=ids(256, seed=2), max_tokens=1))  # one page more
-    left = {s.node.end for s in engine.memory.prefixes.along(np.array(ids(512), dtype=np.int64))}
-    assert 256 in left
+    left = {snapshot.node.end for snapshot in engine.memory.prefixes.along(np.array(ids(512), dtype=np.int64))}
+    assert left == {96, 256}  # those that end on the second page went, and no other
     check_conserved(engine)
 
 

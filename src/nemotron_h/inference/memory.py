@@ -280,15 +280,23 @@ class Memory:
         be enough, none goes."""
         if not self.has_room(count):
             return False
-        owed, tables, holders = self._owed, self.state.tables, self.pages.holders
+        owed = self._owed
         while len(self.pages.free) - owed < count:
-            # one that frees a page: who shares the last one shares all
-            alone = [one for one in self.prefixes.snapshots.values() if holders[tables[one.slot][-1]] == 1]
-            worst = self.prefixes.worst(alone) or self.prefixes.worst()
-            assert worst is not None
-            self.spill(worst)
-            self.drop(worst)
+            for snapshot in min(self._ends(), key=lambda some: sum(map(self.prefixes.worth, some))):
+                self.spill(snapshot)
+                self.drop(snapshot)
         return True
+
+    def _ends(self) -> list[list[Snapshot]]:
+        """Snapshots by the page that they end on, where nobody else holds it: if they all go, it is free."""
+        ending: dict[int, list[Snapshot]] = {}
+        for snapshot in self.prefixes.snapshots.values():
+            ending.setdefault(self.state.tables[snapshot.slot][-1], []).append(snapshot)
+        return [
+            some
+            for page, some in ending.items()
+            if self.pages.holders[page] == len(some) and not any(snapshot.pins for snapshot in some)
+        ]
 
     def _emptied(self, slot: int) -> None:
         del self.logits[slot]

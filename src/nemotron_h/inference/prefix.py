@@ -192,10 +192,9 @@ class Prefixes:
         self.taken[kind] += 1
         return snapshot, gone
 
-    def worst(self, among: Iterable[Snapshot] | None = None) -> Snapshot | None:
-        """The one that may go and is worth least. None: among all."""
-        some = self.snapshots.values() if among is None else among
-        return min((one for one in some if not one.pins), key=self.worth, default=None)
+    def worst(self) -> Snapshot | None:
+        """The one that may go and is worth least."""
+        return min((one for one in self.snapshots.values() if not one.pins), key=self.worth, default=None)
 
     def worth(self, snapshot: Snapshot) -> float:
         """Tokens that it saves, times how soon it may be used again: the share of its kind that was ever reused, its
