@@ -7,12 +7,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
+from nemotron_h.errors import RequestError
+from nemotron_h.inference.batch import Output
 from nemotron_h.inference.load import load
+from nemotron_h.inference.sampling import Sampler
 
 Command = Callable[..., Any]
 OPTIONS = ["--max-tokens", 9, "--temperature", 0.9, "--seed", 3, "--ignore-end"]
@@ -109,7 +114,7 @@ def test_an_interrupt_leaves_whole_lines_and_says_how_to_go_on(checkpoint: Path,
         ('{"ids": []}', "line 1: ids: must be a list of whole numbers, at least one"),
         ('{"ids": [1.5]}', "line 1: ids: must be a list of whole numbers, at least one"),
         ('{"ids": [1], "max_tokens": 0}', "line 1: max_tokens: must be a whole number of 1 or above; got 0"),
-        ('{"ids": [320]}', "prompt 1: ids: must be integers in 0..319; got 320 at place 0"),
+        ('{"ids": [320]}', "line 1: ids: must be integers in 0..319; got 320 at place 0"),
     ],
 )
 def test_lines_that_cannot_be_answered_are_refused_by_number(
@@ -120,9 +125,48 @@ def test_lines_that_cannot_be_answered_are_refused_by_number(
     assert not (tmp_path / "prompts.answers.jsonl").exists()
 
 
+def test_a_file_of_answers_belongs_to_one_process(command: Command, checkpoint: Path, tmp_path: Path) -> None:
+    path = prompts_in(tmp_path, {"prompt": "def f"})
+    with closing(Output(tmp_path / "prompts.answers.jsonl", {})):
+        line = command("generate", checkpoint, "--batch", path).line
+    rule = "must not be in use; another process has it; wait, or name another --output"
+    assert line == f"{tmp_path / 'prompts.answers.jsonl'}: {rule}"
+
+
+def test_lines_are_cut_at_newlines_alone(command: Command, checkpoint: Path, tmp_path: Path) -> None:
+    line = '{"prompt": "a\u2028b\x85c"}\r\n'
+    (tmp_path / "prompts.jsonl").write_text(f"{line}\n{line}", encoding="utf-8", newline="")
+    assert command("generate", checkpoint, "--batch", tmp_path / "prompts.jsonl", "--max-tokens", 1).code == 0
+    assert len(answers_in(tmp_path / "prompts.answers.jsonl")) == 2
+
+
+def test_answers_that_could_not_be_given_are_counted(
+    command: Command, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time: a text that looks like an error is none."""
+    draw = Sampler.draw
+
+    def broken(self: Sampler, logits: Tensor) -> int:
+        if self.generated:
+            raise RequestError('logits: must be finite; got nan for ", "error": "')
+        return draw(self, logits)
+
+    monkeypatch.setattr(Sampler, "draw", broken)
+    path = prompts_in(tmp_path, {"prompt": "def f"}, {"prompt": "def g", "max_tokens": 1})
+    for _ in range(2):
+        ended = command("generate", checkpoint, "--batch", path, "--ignore-end")
+        assert ended.code == 1
+        assert '1 of them could not be given: "error" says why' in ended.err
+    first, second = answers_in(tmp_path / "prompts.answers.jsonl")
+    assert first["error"].startswith("logits: must be finite")
+    assert "error" not in second
+
+
 def test_options_that_do_not_go_together(command: Command, checkpoint: Path, tmp_path: Path) -> None:
     path = prompts_in(tmp_path, {"prompt": "x"})
     assert command("generate", checkpoint, "x", "--output", "y").line.startswith("output: needs --batch; got")
+    assert command("generate", checkpoint, "x", "--at-once", 2).line.startswith("at_once: needs --batch; got 2")
+    assert command("generate", checkpoint, "--batch", path, "--json").line.startswith("json: must not be given with")
     assert "must be given once" in command("generate", checkpoint, "x", "--batch", path).line
     assert command("generate", checkpoint, "--batch", path, "--at-once", 0).line == "at_once: must be 1 or above; got 0"
     line = command("generate", checkpoint, "--batch", tmp_path / "none").line

@@ -166,6 +166,22 @@ def test_a_session_is_gone_on_with(chat: Callable[..., Ended], here: Path) -> No
     )
 
 
+def test_a_fork_of_another_time_is_gone_on_with(chat: Callable[..., Ended], here: Path) -> None:
+    options = ["--session", "s", "--max-tokens", 4, "--temperature", 0]
+    chat("one\n/fork idea\nother\n", options)
+    again = chat("/fork idea\nmore\n", options)
+    assert "in idea: 2 turns; /fork main goes back\n" in again.out
+    assert chat("", ["--session", "s-idea"]).out.startswith("3 turns, the last of them:\n> more\n")
+
+
+def test_no_file_but_a_session_is_saved_over(chat: Callable[..., Ended], here: Path) -> None:
+    (here / "report.md").write_text("precious\n")
+    ended = chat("one\n/save report.md\n/save talk\n/save talk\n", ["--max-tokens", 4])
+    assert ended.err.count("\n") == 1
+    assert "report.md: must be new, or a session; it is another file; name another" in ended.err
+    assert (here / "report.md").read_text() == "precious\n"
+
+
 def test_documents_are_read_before_the_first_question(chat: Callable[..., Ended], here: Path) -> None:
     for name in ("a.md", "b.md"):
         (here / name).write_text(f"# {name}\n" + "def function(value):\n" * 30)

@@ -29,7 +29,7 @@ def test_every_line_has_its_number_and_holds(command: Callable[..., Any], folder
     assert ended.code == 0
     first, *lines = ended.out.splitlines()
     assert first == f"{folder} in {precision} on cpu, rows in multiples of 4"
-    assert len(lines) == 7
+    assert len(lines) == 8
     assert all(line.startswith("holds  ") and any(letter.isdigit() for letter in line) for line in lines)
     assert lines[-1].startswith(f"holds  weights in {precision}, written again: 56 tensors, the same bits")
 

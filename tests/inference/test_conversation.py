@@ -260,6 +260,21 @@ def test_what_is_drawn_is_what_is_drawn_without_a_cache(stage: Stage) -> None:
     check_alone(stage.language.model, *stage.answers)
 
 
+def test_what_is_restored_is_its_owners(stage: Stage, tmp_path: Path) -> None:
+    talk = Conversation(stage.language, salt="alice")
+    stage.say(talk, "One?", "Yes.")
+    talk.save(tmp_path / "talk")
+    again = Conversation(
+        LanguageModel(stage.language.model, stage.language.tokenizer, stage.language.companions, SMALL)
+    )
+    again.salt = "bob"
+    again.load(tmp_path / "talk")
+    assert {one.node.salt for one in again.language.engine.memory.prefixes.snapshots.values()} == {"bob"}
+    list(again.reply("Two?"))
+    assert stage.answers[-1].request.cache_salt == "bob"
+    assert stage.reused > 0
+
+
 def test_statistics(stage: Stage) -> None:
     talk = Conversation(stage.language)
     stage.say(talk, "One?", f"So.\n{THINK_END}\nYes.")

@@ -62,11 +62,18 @@ def claimed(folder: Path, *, instead: str = "name another run") -> Iterator[None
 
     Raises: CheckpointError where another process holds it.
     """
-    with (folder / ".lock").open("w") as file:
+    with locked(folder / ".lock", str(folder), instead=instead):
+        yield
+
+
+@contextmanager
+def locked(lock: Path, what: str, *, instead: str) -> Iterator[None]:
+    """Hold what a file is the lock of, likewise."""
+    with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise CheckpointError(f"{folder}: must not be in use; another process has it; wait, or {instead}") from None
+            raise CheckpointError(f"{what}: must not be in use; another process has it; wait, or {instead}") from None
         yield
 
 

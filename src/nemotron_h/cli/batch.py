@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ def answer_batch(
     from nemotron_h.cli.watch import Watch
     from nemotron_h.config.settings import to_mapping
     from nemotron_h.inference.batch import Output, answers, as_line
+    from nemotron_h.model import fingerprint
 
     requests = []
     for prompt in prompts:
@@ -46,9 +48,13 @@ def answer_batch(
             raise type(error)(f"{prompt.where}: {error}") from None
     settings = {**asked, "max_tokens": max_tokens, "sampling": to_mapping(sampling)}
     settings |= {"precision": str(model.model.compute_dtype), "prompts": digest(requests)}
-    done = Output(output, settings)
+    settings |= {"weights": fingerprint.weights(model.model)}
     counts = model.engine.counts
-    with Watch(Console(stderr=True), "generate") as watch, stop_signals() as stopped:
+    with (
+        closing(Output(output, settings)) as done,
+        Watch(Console(stderr=True), "generate") as watch,
+        stop_signals() as stopped,
+    ):
         before, total = done.count, len(requests)
         if before:
             watch.say(f"{before:,} of {total:,} prompts are answered; going on")
@@ -67,6 +73,9 @@ def answer_batch(
             raise typer.Exit(SIGNALLED + stopped[0])
         reused = f"{counts.reused_tokens:,} of {counts.prompt_tokens:,} tokens of prompts reused"
         watch.say(f"{total:,} answers in {output}; {reused}")
+        if done.failed:
+            watch.say(f'{done.failed:,} of them could not be given: "error" says why')
+            raise typer.Exit(1)
 
 
 def digest(requests: "Sequence[Request]") -> str:

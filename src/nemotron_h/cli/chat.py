@@ -134,6 +134,7 @@ class Chat:
             sys.stdin.reconfigure(errors="surrogateescape")  # the template refuses what is no UTF-8, in a line
         self.refused = False  # something, so far
         self.ended: int | None = None  # by this signal
+        self.interrupted = False
         self.waiting = False  # for the user
 
     @property
@@ -206,7 +207,7 @@ class Chat:
         while True:
             try:
                 line = self.wait(read)
-                if line.strip() == "/quit":
+                if line.rstrip() == "/quit":
                     return
                 if line.strip():
                     self.take(line)
@@ -222,6 +223,8 @@ class Chat:
                 self.note(str(error))
             if self.ended is not None:
                 raise SystemExit
+            if self.interrupted and not self.interactive:
+                raise KeyboardInterrupt
 
     def wait(self, read: Callable[[str], str]) -> str:
         """For the user's next message."""
@@ -290,15 +293,22 @@ class Chat:
         self.say(f"\n{THINK_END}" if thinking and not styled else "")
 
     def save(self, argument: str) -> None:
+        from nemotron_h.errors import DataError, RequestError
+        from nemotron_h.inference.session_file import read_header
         from nemotron_h.report.units import format_bytes
 
-        path = Path(argument)
+        path = Path(argument).expanduser()
+        if path.exists():
+            try:
+                read_header(path)
+            except DataError:
+                raise RequestError(f"{path}: must be new, or a session; it is another file; name another") from None
         self.talk.save(path)
         self.say(f"{path}: {count(len(self.talk.turns))}, {format_bytes(path.stat().st_size)}", dim=True)
 
     def load(self, argument: str) -> None:
         """Beside what is there, unless nothing was said yet."""
-        path, name, number = Path(argument), self.name, 2
+        path, name, number = Path(argument).expanduser(), self.name, 2
         talk = self.talk.fork()
         talk.load(path, inexact=self.inexact)
         if self.talk.turns:
@@ -327,7 +337,10 @@ class Chat:
         if not re.fullmatch(r"[\w-]+", argument):
             raise RequestError(f"/fork: takes a name of letters, digits, - and _; got {argument}")
         if argument not in self.talks:
-            self.talks[argument] = self.talk.fork()
+            talk = self.talk.fork()
+            if self.session is not None and (path := named(self.session, argument)).exists():
+                talk.load(path, inexact=self.inexact)  # it was begun another time
+            self.talks[argument] = talk
         before, self.name = self.name, argument
         self.say(f"in {argument}: {count(len(self.talk.turns))}; /fork {before} goes back", dim=True)
 
@@ -394,7 +407,9 @@ class Chat:
         to be read again."""
 
         def handle(number: int, frame: FrameType | None) -> None:
-            if number != signal.SIGINT:
+            if number == signal.SIGINT:
+                self.interrupted = True
+            else:
                 self.ended = number
             self.talk.stop()
             if self.waiting:

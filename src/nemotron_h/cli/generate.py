@@ -10,6 +10,8 @@ import typer
 
 from nemotron_h.errors import RequestError
 
+AT_ONCE = 16  # prompts of a batch
+
 
 def generate(
     path: Annotated[str, typer.Argument(help="A checkpoint folder, or org/name[@revision] on the Hub.")],
@@ -33,7 +35,9 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: text, or ids.")] = False,
     batch: Annotated[str | None, typer.Option(help="Many prompts: a file with one JSON object a line.")] = None,
     output: Annotated[str | None, typer.Option(help="With --batch: where the answers go.")] = None,
-    at_once: Annotated[int, typer.Option(help="With --batch: prompts computed at once; 1: one by one.")] = 16,
+    at_once: Annotated[
+        int | None, typer.Option(help="With --batch: prompts computed at once; 1: one by one.", show_default="16")
+    ] = None,
 ) -> None:
     """Go on from a prompt, streaming; or from each prompt of a file.
 
@@ -47,9 +51,10 @@ def generate(
     from nemotron_h.config.generation import Generation
 
     check_ways({"PROMPT": prompt, "--prompt-file": prompt_file, "--ids": ids, "--batch": batch})
-    check_flags(ids, stop, chat, system, ignore_end, batch, output)
+    check_flags(ids, stop, chat, system, ignore_end)
+    check_batch_flags(batch, {"output": output, "at_once": at_once}, as_json=as_json)
     for name, count in (("max_tokens", max_tokens), ("at_once", at_once)):
-        if count < 1:
+        if count is not None and count < 1:
             raise RequestError(f"{name}: must be 1 or above; got {count}")
     sampling = Generation().sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     numbers = read_ids(ids) if ids is not None else []
@@ -65,7 +70,7 @@ def generate(
     check_precision(precision)
     usable(device)
     settle()
-    engine = EngineConfig(max_running=at_once if batch is not None else 1)
+    engine = EngineConfig(max_running=at_once or AT_ONCE if batch is not None else 1)
     model = load(folder_of(path), precision=precision, device=device, engine_config=engine)
     if not ignore_defaults:
         defaults = model.companions.generation
@@ -101,8 +106,6 @@ def check_flags(
     chat: bool,
     system: str | None,
     ignore_end: bool,
-    batch: str | None,
-    output: str | None,
 ) -> None:
     """Refuse what does not go together."""
     from nemotron_h.text.stream import StopStrings
@@ -110,8 +113,6 @@ def check_flags(
     StopStrings(stop or ())  # refuses an empty one
     if ids is not None and stop:
         raise RequestError("stop: needs a text prompt; got --ids; cut the ids yourself")
-    if output is not None and batch is None:
-        raise RequestError("output: needs --batch; got a file for one answer; send it there with >")
     if system is not None and not chat:
         raise RequestError("system: needs --chat; got a system message for a text to go on from")
     for flag, given_too in (("--ids", ids is not None), ("--ignore-end", ignore_end)):
@@ -119,6 +120,15 @@ def check_flags(
             raise RequestError(
                 f"chat: must not be given with {flag}; a reply is text, and ends where the model ends it"
             )
+
+
+def check_batch_flags(batch: str | None, given: Mapping[str, object], *, as_json: bool) -> None:
+    """Refuse what only a file of prompts takes, and what one does not take."""
+    for name, value in given.items():
+        if value is not None and batch is None:
+            raise RequestError(f"{name}: needs --batch; got {value} for one answer; leave it out")
+    if as_json and batch is not None:
+        raise RequestError("json: must not be given with --batch, whose answers are JSON lines; leave it out")
 
 
 def show(pieces: Iterable[str], *, as_json: bool) -> None:

@@ -23,20 +23,23 @@ def verify(
     from nemotron_h.cli.process import settle
     from nemotron_h.cli.pull import folder_of
     from nemotron_h.inference.load import check_precision, load, usable
-    from nemotron_h.model.check import check, find
+    from nemotron_h.model.check import Finding, check, find
 
     check_precision(precision)
     usable(device)
     settle()
     folder = folder_of(path)
     model = load(folder, precision=precision, device=device).model
-    model.row_multiple = find(model).multiple  # as an engine would find it
+    found = find(model)
+    model.row_multiple = found.multiple  # as an engine would find it
     dtype = str(model.compute_dtype).removeprefix("torch.")
     made = f"{dtype} on {model.head_weight.device}, rows in multiples of {model.row_multiple}"
     if not as_json:
         print(f"{path} in {made}")
     findings = []
-    for finding in chain(check(model), check_folder(folder, model)):
+    reason = found.failures[-1] if not found.holds else f"rows in multiples of {found.multiple}"
+    served = Finding("what an engine asks of layers and products", found.holds, reason)
+    for finding in chain([served], check(model), check_folder(folder, model)):
         findings.append(finding)
         if not as_json:
             print(f"{'holds ' if finding.holds else 'FAILS '} {finding.what}: {finding.number}", flush=True)

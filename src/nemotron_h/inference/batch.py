@@ -10,10 +10,12 @@ alone. What was reused (`matched`, `reused`, `cut`) does depend on it.
 import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemotron_h.checkpoint.files import locked
 from nemotron_h.config.keys import shown
 from nemotron_h.config.settings import first_difference
 from nemotron_h.errors import DataError, RequestError
@@ -21,6 +23,7 @@ from nemotron_h.files import replacing
 from nemotron_h.inference.engine import Engine
 from nemotron_h.inference.request import Answer, Request
 
+ERROR = ', "error": "'  # in a line: within a text it would stand with backslashes
 AHEAD = 2  # times as many requests as run at once are known to the engine: who comes next may share what is being read
 
 
@@ -96,11 +99,28 @@ def as_line(answer: Answer) -> str:
 
 
 class Output:
-    """The file of answers, and beside it what it was begun with: other settings do not go on with it."""
+    """The file of answers, and beside it what it was begun with: other settings do not go on with it. It belongs to one
+    process at a time, until it is closed."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        """Raises: RequestError where the file was begun with other settings, or is none of ours."""
+        """Raises: RequestError where the file was begun with other settings, or is none of ours; CheckpointError where
+        another process has it."""
         self.path = path
+        self._claim = ExitStack()
+        self._claim.enter_context(
+            locked(path.with_name(f".{path.name}.lock"), str(path), instead="name another --output")
+        )
+        try:
+            self._open(path, settings)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let the file go."""
+        self._claim.close()
+
+    def _open(self, path: Path, settings: Mapping[str, Any]) -> None:
         beside = path.with_name(f".{path.name}.settings.json")
         if not path.exists():
             with replacing(beside) as file:
@@ -117,9 +137,9 @@ class Output:
         if len(whole) < len(content):
             with path.open("r+b") as file:
                 file.truncate(len(whole))
-        self.count = whole.count(b"\n")
+        self.count, self.failed = whole.count(b"\n"), whole.count(ERROR.encode())
 
     def append(self, line: str) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
-        self.count += 1
+        self.count, self.failed = self.count + 1, self.failed + line.count(ERROR)

@@ -89,7 +89,8 @@ class Conversation:
     sampling: Sampling | None = None
     turns: list[Turn] = field(default_factory=list)
     asked: int = 0  # replies, with those that were taken back
-    salt: str = ""  # of requests: one restored inexactly is kept apart
+    salt: str = ""  # of requests and of what is restored
+    apart: str = ""  # instead, where what was restored is inexact, and nobody else reuses it
     _stopping: bool = field(default=False, init=False)
 
     @property
@@ -112,7 +113,7 @@ class Conversation:
             max_tokens=self.max_tokens,
             sampling=replace(sampling, seed=sampling.seed + self.asked),
             boundaries=partings(self.language.template, messages, prompt.ids, variables=self.variables),
-            cache_salt=self.salt,
+            cache_salt=self._salt,
             marks_visible=True,
         )
         (answer,) = engine.add(request)
@@ -134,7 +135,8 @@ class Conversation:
     def read(self) -> Iterator[tuple[int, int]]:
         """Read what stands before the next message, for the turn to come to reuse: the tokens known so far, and all."""
         engine, ids = self.language.engine, self._beginning()
-        (answer,) = engine.add(self.language.request(ids, max_tokens=1, cache_salt=self.salt))
+        sampling = self.sampling or Sampling()  # of a token that nobody sees
+        (answer,) = engine.add(self.language.request(ids, max_tokens=1, sampling=sampling, cache_salt=self._salt))
         before = engine.counts.read_tokens
         try:
             while answer.finish is None:
@@ -165,7 +167,7 @@ class Conversation:
     def save(self, path: str | Path) -> None:
         """Write it to a file, with what the next message can reuse. Raises: CapacityError for a disk that is full."""
         saved = Saved(system=self.system, documents=dict(self.documents), turns=self.turns, asked=self.asked)
-        session = self.language.engine.session(self._beginning(), salt=self.salt, extra={KEY: asdict(saved)})
+        session = self.language.engine.session(self._beginning(), salt=self._salt, extra={KEY: asdict(saved)})
         try:
             session.save(path)
         finally:
@@ -177,14 +179,18 @@ class Conversation:
         inexact: take one that another machine's arithmetic computed, too.
         Raises: DataError where the file is damaged, of another model, or holds no conversation; CapacityError.
         """
-        session = self.language.engine.restore(path, inexact=inexact)
+        session = self.language.engine.restore(path, salt=self.salt, inexact=inexact)
         session.close()  # its snapshots stay while they are worth it
         try:
             saved = TypeAdapter(Saved).validate_python(session.extra.get(KEY))
         except ValidationError:
             raise DataError(f"{path}: must be a conversation that was saved; got a session of another kind") from None
         self.system, self.documents, self.turns = saved.system, saved.documents, saved.turns
-        self.asked, self.salt = saved.asked, session.salt
+        self.asked, self.apart = saved.asked, "" if session.exact else session.salt
+
+    @property
+    def _salt(self) -> str:
+        return self.apart or self.salt
 
     @property
     def _opening(self) -> list[Message]:

@@ -169,7 +169,8 @@ class Memory:
     ) -> list[Snapshot]:
         """Snapshots that were `saved`, in the tree again; those that are there stay as they are.
 
-        places: position and kind of each, the deepest last. Raises: CapacityError where they do not fit.
+        places: position and kind of each, the deepest last: without it there is nothing, others come where they find
+        room. Raises: CapacityError where it does not fit.
         """
         row, held, new = self.scratch, list[Snapshot](), list[Snapshot]()
         deepest = places[-1][0] if places else 0
@@ -180,7 +181,7 @@ class Memory:
             )
         table = self.pages.take(self.blocks(deepest))
         try:
-            for number, (place, kind) in enumerate(places):
+            for number, (place, kind) in reversed(list(enumerate(places))):
                 own = _beginning(tensors, f"snapshots.{number}.")
                 logits = own.pop("logits")
                 if place == deepest:
@@ -189,8 +190,10 @@ class Memory:
                 snapshot = self.keep(row, keys[:place], salt, kind, logits, awaited=True)
                 new += [snapshot] if snapshot is not None else []
                 snapshot = snapshot or self.prefixes.insert(keys[:place], salt).snapshot
+                if snapshot is None and not held:
+                    raise CapacityError("session: needs a slot for a snapshot; none is free, or can be made so")
                 if snapshot is None:
-                    raise CapacityError("session: needs a slot for a snapshot; all are held; close another session")
+                    continue
                 snapshot.kind = kind
                 snapshot.pins += 1  # the next one must not take its slot
                 held.append(snapshot)
@@ -203,7 +206,7 @@ class Memory:
                 snapshot.pins -= 1
             self.state.tables[row] = table
             self.end(row, row)
-        return held
+        return held[::-1]
 
     def drop(self, snapshot: Snapshot) -> None:
         self.prefixes.drop(snapshot)
