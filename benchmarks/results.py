@@ -69,7 +69,7 @@ def write(name: str, rows: Sequence[Row], commit: str) -> Path:
     from nemotron_h import machine  # noqa: PLC0415
 
     content = {
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(portable, sys.argv[1:])]),
         "commit": commit,
         "date": datetime.now(UTC).date().isoformat(),
         "cpu": machine.cpu_name(),
@@ -86,6 +86,11 @@ def write(name: str, rows: Sequence[Row], commit: str) -> Path:
     path.write_text(json.dumps(content, indent=2) + "\n")
     print(table(content))
     return path
+
+
+def portable(argument: str) -> str:
+    """A path of this machine by its last parts: an environment's Python, say."""
+    return "/".join(Path(argument).parts[-3:]) if argument.startswith("/") else argument
 
 
 def table(content: dict[str, Any]) -> str:

@@ -42,7 +42,7 @@ def generate(
     """Go on from a prompt, streaming; or from each prompt of a file.
 
     A line of --batch is {"prompt": "..."} or {"ids": [5, 9]}, with "max_tokens" if wanted; its answer is a line of
-    --output, by default FILE.answers.jsonl. Stopped, the same command goes on.
+    --output; without it, those of a.jsonl go to a.answers.jsonl. Stopped, the same command goes on.
 
     Where --temperature, --top-p or --top-k is not given, the checkpoint's generation_config.json decides; where that
     does not ask for drawing (do_sample), the likeliest token is taken each time.
