@@ -50,6 +50,7 @@ def weights(out: Path) -> str:
     return hashlib.sha256((out / "checkpoints" / "step-00000300" / "model.safetensors").read_bytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_stopped_by_signals_and_a_full_disk_it_ends_in_the_same_bits(
     command: Command, checkpoint: Path, shard: Path, tmp_path: Path
 ) -> None:

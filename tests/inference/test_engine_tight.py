@@ -50,13 +50,20 @@ def test_an_audit_takes_no_page_that_is_promised(build: Build, pages: int) -> No
 
 
 def test_of_a_session_that_does_not_fit_nothing_stays(build: Build, tmp_path: Path) -> None:
-    """Its first snapshot fits, its second not: the pages of all come with the third."""
+    """Its deepest snapshot finds no room; where it does, others are left out."""
     model = build()
     whole = tight(model, pages=8, snapshots=8)
     held(whole, Request(ids=ids(300), max_tokens=1, boundaries=[100, 200])).save(tmp_path / "s")
     engine = tight(model, pages=8, snapshots=2)
+    other = held(engine, Request(ids=ids(50, seed=1), max_tokens=1))
+    session = engine.restore(tmp_path / "s")
+    assert session.places == [300]
+    session.close()
+    check_conserved(engine)
+    other.close()
+    engine = tight(model, pages=8, snapshots=1)
     held(engine, Request(ids=ids(50, seed=1), max_tokens=1))
-    with pytest.raises(CapacityError, match=r"^session: needs a slot for a snapshot; all are held"):
+    with pytest.raises(CapacityError, match=r"^session: needs a slot for a snapshot; none is free, or can be made so"):
         engine.restore(tmp_path / "s")
     (answer,) = answered(engine, Request(ids=ids(150), max_tokens=4, logprobs=0))
     check_alone(model, answer)

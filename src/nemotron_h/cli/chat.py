@@ -1,5 +1,6 @@
 """`nemotron-h chat`: a conversation in the terminal, or with the lines of a pipe."""
 
+import errno
 import os
 import re
 import signal
@@ -149,7 +150,9 @@ class Chat:
         with as_it_was(), self.signals():
             try:
                 self.converse()
-            except BaseException:
+            except BaseException as error:
+                if isinstance(error, OSError) and error.errno == errno.EIO:
+                    self.ended = self.ended or signal.SIGHUP  # the terminal has gone; its signal may come later
                 if not (self.interactive or self.ended):
                     raise  # a pipe's messages are there to be sent again
                 self.keep()
