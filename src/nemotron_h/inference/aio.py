@@ -70,7 +70,7 @@ class AsyncEngine:
         finally:
             self._streams.discard(tell)
             if going:  # closed early; also while it was being added
-                adding.add_done_callback(self._forget)
+                adding.add_done_callback(lambda added: self._forget(added, tell))
 
     async def call(self, function: Callable[[], T]) -> T:
         """The function's result, called by the engine's thread between two steps."""
@@ -98,10 +98,11 @@ class AsyncEngine:
         error.__cause__ = self.error
         return error
 
-    def _forget(self, added: Future[tuple[Answer, ...]]) -> None:
+    def _forget(self, added: Future[tuple[Answer, ...]], tell: Callable[[Update | None], None]) -> None:
         """End the answers of a request that was added, if it was."""
 
         def end() -> None:
+            self._streams.discard(tell)  # who was cancelled first may have been added since
             for answer in added.result():
                 self.engine.cancel(answer)
 
