@@ -193,6 +193,45 @@ def test_documents_are_read_before_the_first_question(chat: Callable[..., Ended]
     assert reused > prompt - 25
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_is_stopped_while_documents_are_read_goes_on_from_there(
+    chat: Callable[..., Ended], here: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    (here / "doc.txt").write_text("def function(value):\n" * 200)
+    options = ["--file", "doc.txt", "--max-tokens", 4, *(["--session", "s"] if number == signal.SIGINT else [])]
+    step, read = Engine.step, []
+
+    def stopped(engine: Engine) -> Any:
+        updates = step(engine)
+        read.append(engine.counts.read_tokens)
+        if len(read) == 2:
+            os.kill(os.getpid(), number)
+        return updates
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", stopped)
+        patch.setattr("nemotron_h.cli.chat.silence", lambda *streams: None)  # it would take pytest's own
+        ended = chat("one\n", options)
+    assert ended.code == 128 + number
+    assert len(read) == 2  # which two passes read
+    [path] = (path for path in here.iterdir() if path.name != "doc.txt")
+    assert ended.err.endswith(f"kept in {path.name}; --session goes on with it\n")
+    places: list[tuple[int, int, int]] = []
+    original = Conversation.read
+
+    def watched(talk: Conversation) -> Iterator[tuple[int, int, int]]:
+        for place in original(talk):
+            places.append(place)
+            yield place
+
+    monkeypatch.setattr(Conversation, "read", watched)
+    again = chat("one\n/stats\n", ["--session", path.name, "--max-tokens", 4])
+    assert again.code == 0
+    reused, _, total = places[-1]
+    assert reused == read[-1] < total
+    assert f"{total:,} tokens of doc.txt" in again.err
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [

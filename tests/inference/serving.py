@@ -138,7 +138,7 @@ def check_conserved(engine: Engine) -> None:
     prefixes, state = memory.prefixes, memory.state
     slots = range(memory.scratch + 1, memory.scratch + 1 + memory.sizes.snapshots)
     assert sorted([*prefixes.free, *prefixes.snapshots]) == list(slots)
-    assert memory.logits.keys() == prefixes.snapshots.keys()
+    assert memory.logits.keys() == {slot for slot, snapshot in prefixes.snapshots.items() if snapshot.answers}
     held = Counter(page for row in (*range(running), *prefixes.snapshots) for page in state.tables[row])
     assert memory.pages.holders == [held[page] for page in range(memory.sizes.pages)]
     assert sorted(memory.pages.free) == [page for page in range(memory.sizes.pages) if not held[page]]

@@ -2,10 +2,13 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from nemotron_h.config.engine import EngineConfig
 from nemotron_h.inference.engine import Engine
@@ -21,15 +24,15 @@ AUDITED = EngineConfig(
     max_running=3, memory_bytes=4_000_000, portion_tokens=96, poisoned=True, audit_fraction=1.0, pages_fraction=0.6
 )
 PROMPT = torch.randint(0, 352, (600,), generator=torch.Generator().manual_seed(0)).tolist()
-COPY, KEEP = State.copy_slot, Memory.keep
+COPY, KEEP, SAVED = State.copy_slot, Memory.keep, Memory.saved
 
 
-def copied(spoil: Callable[[State, int], None]) -> Any:
+def copied(spoil: Callable[[State, int], None], running: int = AUDITED.max_running) -> Any:
     """copy_slot, whose copies out of snapshots are then spoilt."""
 
     def copy_slot(self: State, source: int, target: int) -> None:
         COPY(self, source, target)
-        if target <= AUDITED.max_running:
+        if target <= running < source:
             spoil(self, target)
 
     return copy_slot
@@ -67,6 +70,11 @@ def with_a_page_dropped(self: State, target: int) -> None:
     self.tables[target] = [*table[1:], *table[:1]]
 
 
+def without_logits(self: Memory, snapshots: Any) -> dict[str, Tensor]:
+    saved = SAVED(self, snapshots)
+    return saved | {name: torch.zeros_like(saved[name]) for name in saved if name.endswith("logits")}
+
+
 BUGS = {
     "stale slot": (State, "copy_slot", stale_slot, "boundary"),
     "snapshot off by one": (Memory, "keep", off_by_one, "conv"),
@@ -101,6 +109,48 @@ def test_a_planted_bug_is_caught_and_changes_no_answer(
     assert answers[-1].reuse.cut is Cut.OFF
     check_alone(engine.model, *answers)
     check_conserved(engine)
+
+
+def test_who_began_at_a_snapshot_that_is_not_trusted_begins_again(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(build(), config=replace(AUDITED, max_running=2))
+    engine.add(Request(ids=PROMPT, max_tokens=1))
+    engine.run()
+    monkeypatch.setattr(State, "copy_slot", copied(without_conv_inputs, running=2))
+    draws = iter([0.9, 0.0])  # the first is not audited, the second is
+    monkeypatch.setattr(engine.scheduler, "config", replace(engine.config, audit_fraction=0.5))
+    monkeypatch.setattr(engine.scheduler._audits, "random", lambda: next(draws))
+    answers = [
+        *engine.add(Request(ids=PROMPT + PROMPT + PROMPT[:300], max_tokens=3, logprobs=1)),
+        *engine.add(Request(ids=[*PROMPT, 5], max_tokens=3, logprobs=1)),
+    ]
+    engine.step()
+    assert [sequence.audited is not None for sequence in engine.scheduler.running] == [False, True]
+    engine.run()
+    assert engine.memory.distrusted is not None
+    check_alone(engine.model, *answers)
+    check_conserved(engine)
+
+
+def test_after_a_failed_audit_nothing_is_left_in_the_folder(
+    build: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = replace(AUDITED, snapshot_folder=tmp_path)
+    with monkeypatch.context() as planted, Engine(build(), config=replace(settings, audit_fraction=0.0)) as engine:
+        engine.add(Request(ids=PROMPT, max_tokens=1))
+        engine.run()
+        planted.setattr(Memory, "saved", without_logits)
+    (tmp_path / "of_others.snapshot").write_bytes(b"not ours to judge")
+    written = len(list(tmp_path.glob("*.snapshot")))
+    assert written > 1
+    with Engine(build(), config=settings) as engine:
+        (answer,) = engine.add(Request(ids=[*PROMPT, 5], max_tokens=3))
+        engine.run()
+        assert engine.memory.distrusted is not None
+        assert engine.memory.distrusted.endswith("logits")
+        check_alone(engine.model, answer)
+    assert [path.name for path in tmp_path.glob("*.snapshot")] == ["of_others.snapshot"]
 
 
 def test_without_a_bug_nothing_is_found(build: Build) -> None:

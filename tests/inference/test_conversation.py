@@ -452,11 +452,22 @@ def test_an_empty_conversation_is_saved_too(stage: Stage, tmp_path: Path) -> Non
     assert talk.messages == [{"role": "system", "content": "Be brief."}]
 
 
+def test_reading_that_was_stopped_goes_on_from_there(stage: Stage) -> None:
+    talk = Conversation(stage.language, documents={"a.md": PROSE * 6})
+    places = talk.read()
+    next(places)
+    _, known, total = next(places)
+    places.close()
+    assert 0 < known < total
+    assert [reused for reused, _, _ in talk.read()][-1] == known
+
+
 def test_documents_are_read_before_the_first_question(stage: Stage, build: Build) -> None:
     texts = {"a.md": PROSE * 6, "b.md": "<SPECIAL_11> is no control token here\n"}
     talk = Conversation(stage.language, system="Read.", documents=texts)
     read = list(talk.read())
-    places, totals = [place for place, _ in read], {total for _, total in read}
+    places, totals = [place for _, place, _ in read], {total for _, _, total in read}
+    assert {reused for reused, _, _ in read} == {0}
     assert places == sorted(set(places))
     assert totals == {places[-1]}
     assert len(places) > 3

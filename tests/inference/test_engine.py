@@ -225,6 +225,8 @@ def test_memory_that_does_not_hold_those_that_run_is_refused(build: Build) -> No
         CapacityError, match=r"^memory_bytes: must hold 4 running sequences of [\d,]+ bytes.*got 100,000"
     ):
         Engine(build(), config=replace(SMALL, memory_bytes=100_000))
+    with pytest.raises(CapacityError, match=r"^pages_fraction: must leave room for a page of [\d,]+ bytes; got 0.001"):
+        Engine(build(), config=replace(SMALL, pages_fraction=0.001))
 
 
 @pytest.mark.parametrize("after", [0, 1, 3, 6])
@@ -235,6 +237,7 @@ def test_a_cancelled_request_leaves_at_once_and_what_it_read_is_reused(build: Bu
     (other,) = engine.add(Request(ids=ids(40, seed=1), max_tokens=12))
     for _ in range(after):
         engine.step()
+    read = dict(zip((one.answer for one in engine.scheduler.running), engine.scheduler.positions, strict=True))
     engine.cancel(gone)
     engine.cancel(gone)
     check_conserved(engine)
@@ -244,9 +247,27 @@ def test_a_cancelled_request_leaves_at_once_and_what_it_read_is_reused(build: Bu
     longer = [*gone.request.ids, *gone.ids, 7]
     (again,) = answered(engine, Request(ids=longer, max_tokens=3))
     check_alone(model, again)
-    if gone.ids:
-        assert again.reuse is not None
-        assert again.reuse.reused == len(longer) - 2
+    assert again.reuse is not None
+    assert again.reuse.reused == read.get(gone, 0)
+
+
+def test_a_prompt_that_ends_where_another_was_cancelled_is_answered(build: Build) -> None:
+    """Nobody knows the logits there yet: its last tokens are read again, once."""
+    model = build()
+    engine = Engine(model, config=SMALL)
+    (gone,) = engine.add(Request(ids=ids(150), max_tokens=20))
+    engine.step()
+    (read,) = engine.scheduler.positions
+    assert 0 < read < 150
+    engine.cancel(gone)
+    request = Request(ids=ids(150)[:read], max_tokens=3, logprobs=0)
+    cold, again = (answered(engine, request)[0] for _ in range(2))
+    check_alone(model, cold, again)
+    check_conserved(engine)
+    assert cold.reuse is not None
+    assert again.reuse is not None
+    assert (cold.reuse.reused, cold.reuse.cut) == (0, Cut.NOT_TAKEN)
+    assert (again.reuse.reused, again.reuse.cut) == (read, Cut.WHOLE)
 
 
 def test_an_interrupted_pass_is_done_again_to_the_same_bits(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,11 @@
 """Where memory is just enough, and where something ends in the middle."""
 
-from collections.abc import Callable
-from contextlib import suppress
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -10,7 +13,7 @@ import pytest
 from nemotron_h.errors import CapacityError, RequestError
 from nemotron_h.inference import session_file
 from nemotron_h.inference.engine import Engine
-from nemotron_h.inference.request import Finish, Request
+from nemotron_h.inference.request import Finish, News, Request, Update
 from nemotron_h.inference.session import Session
 from nemotron_h.model.hybrid import Hybrid
 from tests.inference.serving import budget, check_alone, check_conserved, erase
@@ -173,3 +176,67 @@ def test_copying_may_be_interrupted(build: Build, monkeypatch: pytest.MonkeyPatc
             engine.step()
     check_alone(model, *answers)
     check_conserved(engine)
+
+
+class Lines:
+    """Counts the engine's lines that run, and ends the one of that number by Ctrl-C."""
+
+    def __init__(self, last: int | None = None) -> None:
+        self.last, self.run = last, 0
+
+    def trace(self, frame: FrameType, event: str, argument: object) -> Any:
+        if not frame.f_code.co_filename.startswith(str(FOLDER)):
+            return None
+        if event == "line":
+            self.run += 1
+            if self.run == self.last:
+                raise KeyboardInterrupt
+        return self.trace
+
+    @contextmanager
+    def traced(self) -> Iterator[None]:
+        before = sys.gettrace()  # of what measures which lines tests run
+        sys.settrace(self.trace)
+        try:
+            yield
+        finally:
+            sys.settrace(before)
+
+
+FOLDER = Path(session_file.__file__).parent
+
+
+def life_under(lines: Lines, model: Hybrid, folder: Path) -> None:
+    """Hits, audits, evictions to a folder, completions and sequences that wait: with a Ctrl-C in one of its steps."""
+    settings = {"pages": 7, "snapshots": 2, "max_running": 2, "snapshot_folder": folder, "audit_fraction": 0.5}
+    answers, told = [], list[Update]()
+    with tight(model, **settings) as engine:
+        for seed in (1, 2, 1, 3, 2, 1):
+            request = Request(ids=ids(280 + 10 * seed, seed=seed), max_tokens=3, logprobs=0, n=1 + (seed == 2))
+            answers += engine.add(request)
+        news = News(answers)
+        while engine.busy:
+            with suppress(KeyboardInterrupt), lines.traced():
+                engine.step()
+            told += news.take()
+        check_alone(model, *answers)
+        check_conserved(engine)
+        assert not any(snapshot.pins for snapshot in engine.memory.prefixes.snapshots.values())
+        for answer in answers:
+            assert [update.token for update in told if update.answer is answer] == [*answer.ids, None]
+
+
+def check_interrupted(model: Hybrid, folder: Path, *, times: int, seed: int) -> None:
+    known = Lines()
+    life_under(known, model, folder / "known")
+    for last in random.Random(seed).sample(range(1, known.run), times):
+        life_under(Lines(last), model, folder / str(last))
+
+
+def test_ctrl_c_may_come_at_any_line_of_a_step(build: Build, tmp_path: Path) -> None:
+    check_interrupted(build(), tmp_path, times=8, seed=0)
+
+
+@pytest.mark.slow
+def test_ctrl_c_may_come_at_hundreds_of_lines(build: Build, tmp_path: Path) -> None:
+    check_interrupted(build(), tmp_path, times=400, seed=1)

@@ -198,5 +198,5 @@ def test_placement_on_conversations_against_lru_and_an_oracle() -> None:
     slots = len(everything.snapshots) // 10
     ours, _ = trace.ours(calls, slots)
     lru, oracle = trace.least_recently_used(calls, slots), trace.oracle(calls, slots)
-    assert ours >= min(1.3 * lru, 0.9 * oracle)
+    assert ours >= (1.3 * lru if 1.3 * lru <= oracle else 0.9 * oracle)
     assert ours >= 0.8 * oracle

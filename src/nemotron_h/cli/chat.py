@@ -143,20 +143,26 @@ class Chat:
         return self.talks[self.name]
 
     def run(self) -> None:
-        """Talk until the user leaves. Whatever else ends it, what was said is kept in a file."""
-        self.begin()
+        """Talk until the user leaves. Whatever else ends it, what was read and said is kept in a file."""
         from nemotron_h.cli.keyboard import as_it_was
+        from nemotron_h.errors import NemotronError
 
+        self.begin()
         with as_it_was(), self.signals():
             try:
+                self.read_documents()
+                if self.interactive:
+                    self.say("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves", dim=True)
                 self.converse()
+            except NemotronError:  # of the documents: nothing was read
+                raise
             except BaseException as error:
                 if isinstance(error, OSError) and error.errno == errno.EIO:
                     self.ended = self.ended or signal.SIGHUP  # the terminal has gone; its signal may come later
-                if not (self.interactive or self.ended):
+                if not (self.interactive or self.ended or self.session):
                     raise  # a pipe's messages are there to be sent again
                 self.keep()
-                if self.ended is None and sys.stdout.isatty():
+                if self.ended is None and (sys.stdout.isatty() or isinstance(error, KeyboardInterrupt)):
                     raise
                 silence(sys.stdout, sys.stderr)
                 raise SystemExit(1 if self.ended is None else SIGNALLED + self.ended) from None
@@ -164,19 +170,14 @@ class Chat:
             raise SystemExit(2)
 
     def begin(self) -> None:
-        """What is there before the first message: a session to go on with, or documents to read."""
+        """Check what is there before the first message: a session to go on with, or what the template takes."""
         if self.session is not None and self.session.exists():
             self.go_on(self.session)
         else:
-            self.talk.instruct(self.talk.system)  # refuses what the template does not take
-            if self.talk.documents:
-                self.read_documents()
-                self.remember()
+            self.talk.instruct(self.talk.system)
         cut_off = sorted(Path.cwd().glob(f"{CUT_OFF}*{SESSION}"))
         if self.session is None and cut_off:
             self.note(f"{cut_off[-1].name}: a conversation that was cut off; --session goes on with it")
-        if self.interactive:
-            self.say("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves", dim=True)
 
     def go_on(self, path: Path) -> None:
         """With a session's conversation, if that is what was asked for."""
@@ -190,16 +191,22 @@ class Chat:
         self.recall()
 
     def read_documents(self) -> None:
+        """Before the first message. Who is stopped here goes on from there the next time."""
         from rich.console import Console
 
         from nemotron_h.cli.watch import Watch
 
-        with Watch(Console(stderr=True), "read") as watch:
+        if not self.talk.documents or self.talk.turns:
+            return
+        with Watch(Console(stderr=True), "read") as watch, closing(self.talk.read()) as places:
             total = 0
-            for known, total in self.talk.read():
-                left = watch.seconds * (total - known) / known if known else 0.0
+            for reused, known, total in places:
+                left = watch.seconds * (total - known) / max(1, known - reused)
                 watch.fraction(known / total, f"{known:,} of {total:,} tokens, about {left:.0f} s to go")
+                if self.interrupted or self.ended is not None:
+                    raise KeyboardInterrupt
             watch.say(f"{total:,} tokens of {', '.join(self.talk.documents)} in {watch.seconds:.1f} s")
+        self.remember()
 
     def converse(self) -> None:
         """Message for message, until the user leaves."""
@@ -382,7 +389,7 @@ class Chat:
         for name, talk in self.talks.items():
             path = named(base, name)
             with suppress(OSError):
-                if talk.turns:
+                if talk.turns or talk.documents:
                     try:
                         talk.save(path)
                         self.note(f"kept in {path}; --session goes on with it")

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from typing import Any, Self, TypeVar
 
 from nemotron_h.inference.engine import Engine
-from nemotron_h.inference.request import Answer, Request, Update
+from nemotron_h.inference.request import Answer, News, Request, Update
 
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -28,7 +28,7 @@ class AsyncEngine:
         self.engine = engine
         self.error: BaseException | None = None  # why the thread has ended, if it was not asked to
         self._asked: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()  # None: end
-        self._streams: set[Callable[[Update | None], None]] = set()
+        self._streams: dict[Callable[[Update | None], None], News] = {}  # who is told of what
         self._absent: str | None = "has not begun: it does in `async with`"  # why nobody does what is asked
         self._thread = threading.Thread(target=self._serve, name="nemotron-h engine", daemon=True)
 
@@ -53,8 +53,7 @@ class AsyncEngine:
 
         def add() -> tuple[Answer, ...]:
             answers = self.engine.add(request)
-            self.engine.listen(answers, tell)
-            self._streams.add(tell)
+            self._streams[tell] = News(answers)
             return answers
 
         adding = self._ask(add)
@@ -68,7 +67,7 @@ class AsyncEngine:
                 going -= update.token is None
                 yield update
         finally:
-            self._streams.discard(tell)
+            self._streams.pop(tell, None)
             if going:  # closed early; also while it was being added
                 adding.add_done_callback(lambda added: self._forget(added, tell))
 
@@ -102,7 +101,7 @@ class AsyncEngine:
         """End the answers of a request that was added, if it was."""
 
         def end() -> None:
-            self._streams.discard(tell)  # who was cancelled first may have been added since
+            self._streams.pop(tell, None)  # who was cancelled first may have been added since
             for answer in added.result():
                 self.engine.cancel(answer)
 
@@ -118,7 +117,9 @@ class AsyncEngine:
                     if asked is None:
                         return
                     self._do(*asked)
+                    self._tell()  # it may have stepped, or cancelled
                 self.engine.step()
+                self._tell()
         except BaseException as error:  # the outermost loop of a thread: whoever waits is told
             self._fail(error)
         finally:
@@ -127,9 +128,16 @@ class AsyncEngine:
             except BaseException as error:
                 self._fail(error)
             self._absent = "has ended"  # before the last look: what is asked later, its asker refuses
-            for tell in list(self._streams):
-                tell(None)
+            self._tell(last=True)
             self._refuse_all()
+
+    def _tell(self, *, last: bool = False) -> None:
+        """Every stream, what is new of its answers. last: nothing comes after."""
+        for tell, news in list(self._streams.items()):
+            for update in news.take():
+                tell(update)
+            if last:
+                tell(None)
 
     def _fail(self, error: BaseException) -> None:
         """Streams end with it."""

@@ -132,8 +132,9 @@ class Conversation:
         """End the reply under way after the step at hand; for handlers of signals, which must not break into one."""
         self._stopping = True
 
-    def read(self) -> Iterator[tuple[int, int]]:
-        """Read what stands before the next message, for the turn to come to reuse: the tokens known so far, and all."""
+    def read(self) -> Generator[tuple[int, int, int], None, None]:
+        """Read what stands before the next message, for the turn to come to reuse: the tokens that were reused, those
+        known so far, and all. To close the iterator ends it: what was read stays."""
         engine, ids = self.language.engine, self._beginning()
         sampling = self.sampling or Sampling()  # of a token that nobody sees
         (answer,) = engine.add(self.language.request(ids, max_tokens=1, sampling=sampling, cache_salt=self._salt))
@@ -141,8 +142,8 @@ class Conversation:
         try:
             while answer.finish is None:
                 engine.step()
-                known = answer.reuse.reused if answer.reuse is not None else 0
-                yield min(len(ids), known + engine.counts.read_tokens - before), len(ids)
+                reused = answer.reuse.reused if answer.reuse is not None else 0
+                yield reused, min(len(ids), reused + engine.counts.read_tokens - before), len(ids)
         finally:
             engine.cancel(answer)
         if answer.error is not None:

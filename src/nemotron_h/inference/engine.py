@@ -12,8 +12,7 @@ was interrupted and read again. `naive.py` is what every answer equals.
 
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,9 +26,9 @@ from nemotron_h.errors import CapacityError, RequestError
 from nemotron_h.inference import naive
 from nemotron_h.inference.memory import Memory
 from nemotron_h.inference.prefix import Kind, Snapshot
-from nemotron_h.inference.request import PRIVATE, Answer, Finish, Request, Update, check_ids, private_salt
+from nemotron_h.inference.request import PRIVATE, Answer, Finish, News, Request, Update, check_ids, private_salt
 from nemotron_h.inference.runner import read
-from nemotron_h.inference.sampling import Logprobs, drawable, logprobs
+from nemotron_h.inference.sampling import drawable, logprobs
 from nemotron_h.inference.scheduler import Scheduler, calls
 from nemotron_h.inference.sequence import Sequence as Running
 from nemotron_h.inference.session import Session, Sessions
@@ -77,8 +76,7 @@ class Engine:
         # where text is wanted, only ids that stand for some are drawn: vocabularies are padded, and have holes
         known = tokenizer.known_ids if tokenizer is not None else None
         self._drawn_from = drawable(known, model.config.vocab_size)
-        self._listeners: dict[Answer, Callable[[Update], None]] = {}
-        self._updates: list[Update] = []  # of the step at hand
+        self._news = News()
         self._versions = fingerprint.versions(model)
         self._sessions = Sessions(self.memory, model, tokenizer, exact=self.arithmetic.holds)
         if self.config.snapshot_folder is not None and self.arithmetic.holds:
@@ -105,9 +103,11 @@ class Engine:
             )
             for index in range(request.n)
         ]
+        answers = tuple(sequence.answer for sequence in sequences)
         self.counts.requests += request.n
         self.scheduler.queue += sequences
-        return tuple(sequence.answer for sequence in sequences)
+        self._news.follow(answers)
+        return answers
 
     def check(self, request: Request) -> None:
         """Refuse what `add` would."""
@@ -129,28 +129,21 @@ class Engine:
     def stream(self, request: Request) -> Iterator[Update]:
         """Add a request, now, and step until its answers have ended, giving what each step did to them. Others go on
         meanwhile; to close the stream cancels its own."""
-        answers, updates = self.add(request), deque[Update]()
-        self.listen(answers, updates.append)
-        stream = self._stream(answers, updates)
+        stream = self._stream(self.add(request))
         next(stream)  # into its `try`: a stream that is closed before it is read ends its request, too
         return stream
 
-    def _stream(self, answers: tuple[Answer, ...], updates: deque[Update]) -> Iterator[Update]:
+    def _stream(self, answers: tuple[Answer, ...]) -> Iterator[Update]:
+        news = News(answers)
         try:
             yield Update(answers[0], None, "")
-            while updates or any(answer.finish is None for answer in answers):
-                if updates:
-                    yield updates.popleft()
-                else:
+            while not news.over:
+                yield from news.take()
+                if any(answer.finish is None for answer in answers):
                     self.step()
         finally:
             for answer in answers:
-                self._listeners.pop(answer, None)
                 self.cancel(answer)
-
-    def listen(self, answers: Iterable[Answer], tell: Callable[[Update], None]) -> None:
-        """Let tell know what is done to these answers from now on, whoever does it, up to the end of each."""
-        self._listeners |= dict.fromkeys(answers, tell)
 
     @property
     def busy(self) -> bool:
@@ -170,11 +163,10 @@ class Engine:
                     self._end(sequence, Finish.CANCELLED)
 
     def step(self) -> list[Update]:
-        """Do one pass. Returns what it did to each answer.
+        """Do one pass. Returns what was done to each answer since the last step.
 
         A step that is interrupted is done again by the next one, to the same bits: who was being read begins anew.
         """
-        self._updates = []
         scheduler = self.scheduler
         with self._all_or_nothing():
             self._notice_weights()
@@ -185,7 +177,7 @@ class Engine:
             for row, count in enumerate(counts):
                 self.memory.extend(row, count)
         if not counts:
-            return self._updates
+            return self._news.take()
         try:
             rows = calls(counts, alone=not scheduler.exact)
             read(self.model, self.memory.state, scheduler.running, counts, rows)
@@ -196,7 +188,7 @@ class Engine:
         with self._all_or_nothing():
             scheduler.read(counts)
             self._draw()
-        return self._updates
+        return self._news.take()
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -268,15 +260,6 @@ class Engine:
             LOG.warning("the weights have changed: the folder of snapshots is not used any more")
             self._close_store()
 
-    def _tell(self, answer: Answer, token: int | None, text: str, chances: Logprobs | None = None) -> None:
-        """What was done to an answer, for those who ask."""
-        update = Update(answer, token, text, chances)
-        self._updates.append(update)
-        if answer in self._listeners:
-            self._listeners[answer](update)
-            if token is None:
-                del self._listeners[answer]
-
     def _end_overdue(self) -> None:
         """End those whose time is up, and who was over when it was added: it goes on from a stop string."""
         now = time.perf_counter()
@@ -318,15 +301,13 @@ class Engine:
             return
         answer.begun = answer.begun or time.perf_counter()
         chances = None if request.logprobs is None else logprobs(logits, token, request.logprobs)
-        self._tell(answer, token, sequence.take(token, chances), chances)
+        sequence.take(token, chances)
         if sequence.finish is not None:
             self._end(sequence, sequence.finish)
 
     def _end(self, sequence: Running, finish: Finish, error: str | None = None) -> None:
         """A sequence leaves; what it has read stays for reuse."""
-        answer = sequence.answer
-        answer.finish, answer.error, answer.ended = finish, error, time.perf_counter()
-        self._tell(answer, None, sequence.rest())
+        sequence.end(finish, error)
         self.scheduler.leave(sequence, damaged=finish is Finish.ERROR)
 
     def _open_store(self, folder: Path) -> None:
@@ -337,7 +318,8 @@ class Engine:
     def _spill(self, snapshot: Snapshot) -> None:
         """A snapshot goes to make room: the folder may keep it."""
         store, salt = self.scheduler.store, snapshot.node.salt
-        worth_a_file = snapshot.node.end >= self.config.portion_tokens and not salt.startswith(PRIVATE)
+        long = snapshot.node.end >= self.config.portion_tokens
+        worth_a_file = long and snapshot.answers and not salt.startswith(PRIVATE)
         if store is not None and worth_a_file:
             store.put(snapshot.node.path, salt, snapshot.kind, self.memory.saved([snapshot]))
 

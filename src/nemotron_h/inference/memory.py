@@ -51,6 +51,11 @@ class Sizes:
         rest = limit - (engine.max_running + 1) * slot
         share = engine.pages_fraction if engine.reuse and engine.max_snapshots else 1.0
         pages = int(rest * share) // page if page else 0
+        if page and rest >= page and not pages:
+            raise CapacityError(
+                f"pages_fraction: must leave room for a page of {page:,} bytes; got {share} of {rest:,}; raise it, or "
+                "give more memory"
+            )
         if rest < 0 or (page and not pages):
             raise CapacityError(
                 f"memory_bytes: must hold {engine.max_running} running sequences of {slot:,} bytes, and pages of "
@@ -73,7 +78,7 @@ class Memory:
         self.slots = range(first, first + self.sizes.snapshots)
         self.prefixes = Prefixes(self.slots)
         self.distrusted: str | None = None  # why nothing is reused any more
-        self.logits: dict[int, Tensor] = {}  # (vocab,) float32 after the last token, by snapshot's slot
+        self.logits: dict[int, Tensor] = {}  # (vocab,) float32 after the last token, by slot of snapshots that answer
         self.spill: Callable[[Snapshot], None] = lambda snapshot: None  # told of each that goes to make room
         self.promised = [0] * first  # pages, by row
         self._paged = any(isinstance(layer, AttentionConfig) for layer in model.layers)
@@ -135,18 +140,26 @@ class Memory:
         if wanted > 0 and self._paged:
             table.extend(self.pages.take(wanted))
 
-    def keep(self, row: int, keys: Keys, salt: str, kind: Kind, logits: Tensor, *, awaited: bool) -> Snapshot | None:
-        """Offer a row's state, after all of keys, for a snapshot. logits (vocab,): after the last of them. awaited:
-        another request will begin there at once."""
+    def keep(
+        self, row: int, keys: Keys, salt: str, kind: Kind, logits: Tensor | None, *, awaited: bool
+    ) -> Snapshot | None:
+        """Offer a row's state, after all of keys, for a snapshot. logits (vocab,): after the last of them, where they
+        are known. awaited: another request will begin there at once."""
         assert self.state.positions[row] == len(keys), (self.state.positions[row], len(keys))
-        snapshot, gone = self.prefixes.offer(self.prefixes.insert(keys, salt), kind, awaited=awaited)
+        node = self.prefixes.insert(keys, salt)
+        if node.snapshot is not None and logits is not None and not node.snapshot.answers:
+            self.logits[node.snapshot.slot] = logits.clone()
+            node.snapshot.answers = True
+        snapshot, gone = self.prefixes.offer(node, kind, awaited=awaited, answers=logits is not None)
         if gone is not None:
             self.spill(gone)
             self._emptied(gone.slot)
         if snapshot is None:
             return None
         self.pages.share(self.state.tables[row] if self._paged else ())
-        self.state.tables[snapshot.slot], self.logits[snapshot.slot] = self.state.tables[row], logits.clone()
+        self.state.tables[snapshot.slot] = self.state.tables[row]
+        if logits is not None:
+            self.logits[snapshot.slot] = logits.clone()
         try:
             self.state.copy_slot(row, snapshot.slot)
         except BaseException:
@@ -161,7 +174,8 @@ class Memory:
             deepest = snapshot is snapshots[-1]
             for name, tensor in self.state.saved(snapshot.slot, paged=deepest).items():
                 tensors[f"pages.{name}" if name.endswith(PAGED) else f"snapshots.{number}.{name}"] = tensor
-            tensors[f"snapshots.{number}.logits"] = self.logits[snapshot.slot]
+            if snapshot.answers:
+                tensors[f"snapshots.{number}.logits"] = self.logits[snapshot.slot]
         return tensors
 
     def load(
@@ -183,7 +197,7 @@ class Memory:
         try:
             for number, (place, kind) in reversed(list(enumerate(places))):
                 own = _beginning(tensors, f"snapshots.{number}.")
-                logits = own.pop("logits")
+                logits = own.pop("logits", None)
                 if place == deepest:
                     own |= _beginning(tensors, "pages.")
                 self.state.load(row, place, table[: self.blocks(place)], own)
@@ -257,7 +271,7 @@ class Memory:
             return  # no page to set it up in
         self.restore(self.scratch, snapshot)
         found = self.state.difference(row, self.scratch)
-        if found is None and not same_bits(self.logits[snapshot.slot], logits):
+        if found is None and snapshot.answers and not same_bits(self.logits[snapshot.slot], logits):
             found = "logits"
         self.end(self.scratch, self.scratch)
         if found is not None:
@@ -302,7 +316,7 @@ class Memory:
         ]
 
     def _emptied(self, slot: int) -> None:
-        del self.logits[slot]
+        self.logits.pop(slot, None)
         self._give(self.state.tables[slot])
         self.state.tables[slot], self.state.positions[slot] = [], 0
         if self._poisoned:

@@ -75,6 +75,7 @@ class Snapshot:
     slot: int
     kind: Kind
     used: int  # when it was taken or last reused
+    answers: bool = True  # the logits after it are known as well: an answer can begin here; else more must follow
     hits: int = 0
     pins: int = 0  # of sessions, and of audits under way: it stays
 
@@ -120,7 +121,7 @@ class Prefixes:
         for node, matched in self._walk(keys, salt):
             parted = matched < len(keys) and (matched < node.end or bool(node.children))
             if matched == node.end:
-                if node.snapshot is not None:
+                if node.snapshot is not None and (node.snapshot.answers or matched < len(keys)):
                     found, evicted = node.snapshot, False
                 evicted = evicted or node.evicted
         reused = found.node.end if found is not None else 0
@@ -173,12 +174,14 @@ class Prefixes:
         self._forget(node)
         return node
 
-    def offer(self, node: Node, kind: Kind, *, awaited: bool = False) -> tuple[Snapshot | None, Snapshot | None]:
+    def offer(
+        self, node: Node, kind: Kind, *, awaited: bool = False, answers: bool = True
+    ) -> tuple[Snapshot | None, Snapshot | None]:
         """A snapshot for this place, None where it has one or is not worth it; and the one that goes for it, whose slot
         it takes. awaited: another request will begin here at once."""
         if node.snapshot is not None:
             return None, None
-        snapshot, gone = Snapshot(node, -1, kind, self.now, hits=int(awaited)), None
+        snapshot, gone = Snapshot(node, -1, kind, self.now, answers, hits=int(awaited)), None
         if not self.free:
             node.snapshot = snapshot  # while it is weighed: what lies below it is worth less with it
             gone = self.worst()

@@ -3,7 +3,7 @@
 import math
 import secrets
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from numbers import Integral
@@ -114,6 +114,7 @@ class Answer:
     index: int  # which of the request's n
     ids: list[int] = field(default_factory=list)
     text: str = ""  # of the ids, where the engine has a tokenizer: whole characters, up to a stop string
+    certain: list[int] = field(default_factory=list)  # for each of ids: characters of the text that stood with it
     logprobs: list[Logprobs] = field(default_factory=list)
     reuse: Reuse | None = None  # known once reading begins
     finish: Finish | None = None  # None: it goes on
@@ -131,6 +132,41 @@ class Update:
     token: int | None  # None: it ended without another
     text: str  # that is certain now
     logprobs: Logprobs | None = None
+
+
+class News:
+    """What is done to answers, each thing told once: read off the answers, so that none is lost where a step ends in
+    the middle."""
+
+    def __init__(self, answers: Iterable[Answer] = ()) -> None:
+        self._told: dict[Answer, int] = {}  # ids of each that go on, as far as they were told
+        self.follow(answers)
+
+    @property
+    def over(self) -> bool:
+        """Has every answer's end been told?"""
+        return not self._told
+
+    def follow(self, answers: Iterable[Answer]) -> None:
+        """Tell of these too, from now on."""
+        self._told |= {answer: len(answer.ids) for answer in answers}
+
+    def take(self) -> list[Update]:
+        """What is new."""
+        updates = [update for answer, told in self._told.items() for update in updates_since(answer, told)]
+        self._told = {answer: len(answer.ids) for answer in self._told if answer.finish is None}
+        return updates
+
+
+def updates_since(answer: Answer, told: int) -> Iterator[Update]:
+    """What was done to an answer since it had so many ids."""
+    borders = [0, *answer.certain]
+    without = len(answer.ids) - len(answer.logprobs)  # tokens that were drawn before, or whose nobody asked for
+    for place in range(told, len(answer.ids)):
+        text = answer.text[borders[place] : borders[place + 1]]
+        yield Update(answer, answer.ids[place], text, answer.logprobs[place - without] if place >= without else None)
+    if answer.finish is not None:
+        yield Update(answer, None, answer.text[borders[-1] :])
 
 
 def check_ids(ids: Iterable[int], vocab: int, name: str) -> None:

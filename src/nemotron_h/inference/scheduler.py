@@ -127,9 +127,9 @@ class Scheduler:
     def keep(self, row: int, sequence: Sequence, kind: Kind, *, awaited: bool = False) -> None:
         """Offer a sequence's state, as it is now, for a snapshot."""
         memory, place, logits = self.memory, self.memory.state.positions[row], sequence.logits
-        if logits is None or not torch.isfinite(logits).all():
+        if not place or (logits is not None and not torch.isfinite(logits).all()):
             return
-        if sequence.audited is not None and place == sequence.audited.node.end:
+        if sequence.audited is not None and logits is not None and place == sequence.audited.node.end:
             if sequence.audited.kept:
                 self.counts.audits += 1
                 memory.audit(row, sequence.audited, logits)
@@ -165,12 +165,13 @@ class Scheduler:
     def reset(self) -> None:
         """Something ended in the middle: everybody begins again, and nothing that was read is trusted."""
         everybody = {sequence.number: sequence for sequence in (*self.running, *self.queue)}
-        for sequence in everybody.values():
+        left = [own for _, own in sorted(everybody.items()) if own.answer.finish is None]
+        for sequence in left:
             sequence.audited = None
             sequence.begin_again()
         self.running.clear()
         self.queue.clear()
-        self.queue += [own for _, own in sorted(everybody.items()) if own.answer.finish is None]
+        self.queue += left
         self.memory.reset()
 
     def _match(self, sequence: Sequence) -> Match:
@@ -229,7 +230,7 @@ class Scheduler:
         else:
             sequence.pauses = dict.fromkeys(range(match.reused + portion, length + 1, portion), Kind.TAIL)
         if match.snapshot is not None:
-            sequence.logits = self.memory.logits[match.snapshot.slot]
+            sequence.logits = self.memory.logits.get(match.snapshot.slot)
         if audited is not None:
             audited.pins += 1
             sequence.audited = audited

@@ -1,6 +1,8 @@
 """An answer in progress: its tokens, how far its reading goes in one stretch, its draws and its text."""
 
+import time
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Self
 
 import numpy as np
@@ -71,7 +73,12 @@ class Sequence:
         self.text, self.stop = None, StopStrings(request.stop)
         if tokenizer is not None:
             self.text = TextStream(tokenizer, visible=mark_ids(tokenizer) if request.marks_visible else ())
-            self.answer.text = "".join(self.stop.push(self.text.push(token)) for token in self.answer.ids)
+        texts = [self._text_of(token) for token in self.answer.ids]
+        self.answer.text, self.answer.certain = "".join(texts), list(accumulate(map(len, texts)))
+
+    def _text_of(self, token: int) -> str:
+        """What is certain with one more token."""
+        return self.stop.push(self.text.push(token)) if self.text is not None else ""
 
     @property
     def keys(self) -> Keys:
@@ -92,15 +99,15 @@ class Sequence:
         """Tokens to read before the next is drawn, or before a pause."""
         return min([len(self.tokens), *(place for place in self.pauses if place > position)]) - position
 
-    def take(self, token: int, chances: Logprobs | None) -> str:
-        """The next token; the text that is certain with it."""
-        text = self.stop.push(self.text.push(token)) if self.text is not None else ""
-        self.answer.text += text
+    def take(self, token: int, chances: Logprobs | None) -> None:
+        """The next token. It is the answer's when all else of it is."""
+        answer = self.answer
+        answer.text += self._text_of(token)
+        answer.certain.append(len(answer.text))
         if chances is not None:
-            self.answer.logprobs.append(chances)
+            answer.logprobs.append(chances)
         self.tokens.append(token)
-        self.answer.ids.append(token)
-        return text
+        answer.ids.append(token)
 
     @property
     def finish(self) -> Finish | None:
@@ -109,11 +116,13 @@ class Sequence:
             return Finish.STOP
         return Finish.LENGTH if len(self.answer.ids) >= self.answer.request.max_tokens else None
 
-    def rest(self) -> str:
-        """The text that was held back."""
-        rest = self.stop.push(self.text.finish()) + self.stop.finish() if self.text is not None else ""
-        self.answer.text += rest
-        return rest
+    def end(self, finish: Finish, error: str | None) -> None:
+        """No token comes any more: the text that was held back. It has ended when all else is there."""
+        answer = self.answer
+        if self.text is not None:
+            answer.text += self.stop.push(self.text.finish()) + self.stop.finish()
+        answer.error, answer.ended = error, time.perf_counter()
+        answer.finish = finish
 
     def begin_again(self) -> None:
         """What was planned for its reading is planned anew; a token that is not one of the answer's yet is drawn again,

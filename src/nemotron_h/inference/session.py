@@ -145,10 +145,11 @@ class Session:
     @property
     def places(self) -> list[int]:
         """Positions that an answer can begin at without reading anything."""
-        return [snapshot.node.end for snapshot in self.snapshots]
+        return [snapshot.node.end for snapshot in self.snapshots if snapshot.answers]
 
     def request(self, **options: Any) -> Request:
-        """A request that goes on from here; where an answer was under way, with its next draw."""
+        """A request that goes on from here; where an answer was under way, with its next draw. options: fields of
+        Request, such as max_tokens, ends, stop and logprobs, which a session does not hold."""
         given = {"sampling": self.sampling} if self.sampling is not None else {}
         prompt, generated = self.ids[: self.prompt_tokens], self.ids[self.prompt_tokens :]
         return Request(**{"ids": prompt, "generated": generated, "cache_salt": self.salt, **given, **options})

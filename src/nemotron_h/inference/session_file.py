@@ -2,7 +2,7 @@
 
     ids                           all tokens, int64
     snapshots.N.LAYER.conv ...    of snapshot N, as `State.saved` names it
-    snapshots.N.logits            after its last token: an answer can begin there
+    snapshots.N.logits            after its last token, where an answer can begin there
     pages.LAYER.keys, values      of the deepest snapshot, which are those of all
 
 The file is safetensors, with a header of ours in its metadata. The header has a digest of every tensor, and its own
