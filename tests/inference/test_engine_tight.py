@@ -207,7 +207,8 @@ FOLDER = Path(session_file.__file__).parent
 
 
 def life_under(lines: Lines, model: Hybrid, folder: Path) -> None:
-    """Hits, audits, evictions to a folder, completions and sequences that wait: with a Ctrl-C in one of its steps."""
+    """Hits, audits, evictions to a folder, completions and sequences that wait: with a Ctrl-C in one of its steps, and
+    somebody cancelled after it."""
     settings = {"pages": 7, "snapshots": 2, "max_running": 2, "snapshot_folder": folder, "audit_fraction": 0.5}
     answers, told = [], list[Update]()
     with tight(model, **settings) as engine:
@@ -216,8 +217,11 @@ def life_under(lines: Lines, model: Hybrid, folder: Path) -> None:
             answers += engine.add(request)
         news = News(answers)
         while engine.busy:
-            with suppress(KeyboardInterrupt), lines.traced():
-                engine.step()
+            try:
+                with lines.traced():
+                    engine.step()
+            except KeyboardInterrupt:
+                engine.cancel(answers[lines.run % len(answers)])
             told += news.take()
         check_alone(model, *answers)
         check_conserved(engine)
