@@ -15,5 +15,5 @@ def test_a_long_answer_does_not_keep_others_from_running(build: Callable[..., Hy
     requests = [Request(ids=[7, 8, 9], max_tokens=60), *[Request(ids=[5, n], max_tokens=4) for n in range(40)]]
     ended = list(answers(engine, requests))
     assert [answer.request for answer in ended] == requests
-    assert engine.counts.passes < 100  # they ran beside it
+    assert engine.counts.passes < 70  # they ran beside it
     check_alone(engine.model, *ended[:5])
