@@ -29,6 +29,7 @@ from nemotron_h.model.mamba import Mamba
 from nemotron_h.model.state import Paging, State
 from nemotron_h.ops.conv import causal_conv
 from nemotron_h.ops.jit.scalars import said_once
+from nemotron_h.ops.linear import MOST_ROWS
 from nemotron_h.ops.segments import Segments
 from nemotron_h.ops.ssd import ssd, ssd_recurrence
 from nemotron_h.ops.steps import steps
@@ -37,14 +38,14 @@ from nemotron_h.ops.steps import steps
 CUTS = (1, 2, 5, CHUNK - 1, CHUNK, CHUNK + 1, 200, BLOCK - 1, BLOCK, BLOCK + 1)
 LENGTH = BLOCK + ROWS + 1
 SINGLES = (*range(CHUNK - 2, CHUNK + 4), *range(BLOCK - 2, LENGTH))  # cuts between which tokens come one at a time
-BATCH = ((CHUNK, CHUNK - 1, 1), (1, 1, 1), (2, 70, 3), (1, 1, 1))  # new tokens of three sequences in each call
+BATCH = ((CHUNK, CHUNK - 1, 1), (1, 1, 1), (2, 9, 3), (1, 1, 1))  # new tokens of three sequences in each call
 # Tokens that one layer alone is read with: past the last edge that its kind knows of.
-FARTHEST = {MlpConfig: CHUNK + 1, MambaConfig: 2 * CHUNK + ROWS + 1, AttentionConfig: LENGTH}
+FARTHEST = {MlpConfig: MOST_ROWS + 1, MambaConfig: CHUNK + ROWS + 1, AttentionConfig: LENGTH}
 SCAN_LIMIT = 1e-4  # of the largest output: float32 sums over a chunk, and decays whose exponents are rounded
 
 MULTIPLES = (ROWS, 2 * ROWS, 4 * ROWS)  # of rows, the cheapest first
 FEW = (1, 12, 20, 36)  # rows that are tried, rounded up: our kernel's ways to multiply a few, and the library's own
-MOST_ROWS = 512  # of the product that others are compared with
+MANY_ROWS = 512  # of the product that others are compared with
 START_UP_WORK = 2**32  # multiplications of that product when a model starts: large matrices meet fewer rows
 OUTPUTS = 2**15  # compared at each number of rows: another order of sums changes one in thousands
 
@@ -160,19 +161,24 @@ def same(what: str, got: Tensor, want: Tensor) -> Finding:
 def products(model: Hybrid, multiple: int, most_work: int | None = None) -> Finding:
     """A row of a product among the fewest rows that are ever computed, and among many, for every shape of matrix.
 
-    most_work: multiplications of the product among many rows; None: it has MOST_ROWS.
+    most_work: multiplications of the product among many rows; None: it has MANY_ROWS.
     """
     matrices: dict[tuple[int, ...], Callable[[Tensor], Tensor]] = {tuple(model.head_weight.shape): model.logits}
     for module in model.modules():
         if isinstance(module, Linear):
             matrices.setdefault(tuple(module.weight.shape), module)
+    fewest = {ins: min(outs for outs, own in matrices if own == ins) for _, ins in matrices}
     differ = []
     for (outs, ins), product in matrices.items():
-        rows = min(MOST_ROWS, max(most_work // (outs * ins), 64)) if most_work is not None else MOST_ROWS
+        possible = most_work // (outs * ins) if most_work is not None else MANY_ROWS
+        least = round_up(FEW[-1], multiple) + 1
+        rows = min(MANY_ROWS, max(possible, least))
         x = torch.randn(round_up(rows, MULTIPLES[-1]), ins, generator=torch.Generator().manual_seed(ins))
         x = x.to(model.head_weight.device, model.compute_dtype)
         want = product(x)
-        counts = sorted({round_up(count, multiple) for count in FEW})
+        # our kernel's ways differ along ins alone: of those that are too large, one for each ins meets all of them
+        tried = FEW if possible >= least or outs == fewest[ins] else (FEW[0], FEW[-1])
+        counts = sorted({round_up(count, multiple) for count in tried})
         failed = [count for count in counts if not keeps_bits(product, x, want, count)]
         differ += [f"{outs} x {ins} at {count} rows" for count in failed]
     number = f"{len(matrices)} shapes, the same bits at any multiple of {multiple} rows"
