@@ -376,7 +376,7 @@ def test_an_interruption_forgets_no_wish(checkout: Path, environment: Path, conf
     assert (checkout / ".venv/bin/tool").exists()
 
 
-@pytest.mark.parametrize("version", ["2.13.0+mine", "2.13.1"])
+@pytest.mark.parametrize("version", ["2.13.0+mine", pytest.param("2.13.1", marks=pytest.mark.slow)])
 def test_torch_kept(
     checkout: Path, environment: Path, install: ModuleType, configured: Index, tmp_path: Path, version: str
 ) -> None:

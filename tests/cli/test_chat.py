@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from nemotron_h.cli.chat import claimed
 from nemotron_h.config.engine import EngineConfig
 from nemotron_h.inference.conversation import Conversation
 from nemotron_h.inference.engine import Engine
@@ -166,6 +167,13 @@ def test_a_session_is_gone_on_with(chat: Callable[..., Ended], here: Path) -> No
     )
 
 
+def test_a_session_is_one_chats_at_a_time(chat: Callable[..., Ended], here: Path) -> None:
+    with claimed(here / "s"):
+        line = "s: must not be in use; another process has it; wait, or name another --session"
+        assert chat("one\n", ["--session", "s"]).line == line
+    assert chat("one\n", ["--session", "s", "--max-tokens", 4]).code == 0
+
+
 def test_a_fork_of_another_time_is_gone_on_with(chat: Callable[..., Ended], here: Path) -> None:
     options = ["--session", "s", "--max-tokens", 4, "--temperature", 0]
     chat("one\n/fork idea\nother\n", options)
@@ -214,7 +222,7 @@ def test_who_is_stopped_while_documents_are_read_goes_on_from_there(
         ended = chat("one\n", options)
     assert ended.code == 128 + number
     assert len(read) == 2  # which two passes read
-    [path] = (path for path in here.iterdir() if path.name != "doc.txt")
+    [path] = (path for path in here.iterdir() if path.name not in ("doc.txt", ".s.lock"))
     assert ended.err.endswith(f"kept in {path.name}; --session goes on with it\n")
     places: list[tuple[int, int, int]] = []
     original = Conversation.read
@@ -390,7 +398,7 @@ def test_a_terminal_that_dies_under_an_answer_leaves_a_session(endless: Path, he
         screen.hear(30)
         os.close(screen.fd)
         assert screen.process.wait(30) == 128 + signal.SIGHUP
-    assert [path.name for path in here.iterdir()] == ["s"]
+    assert sorted(path.name for path in here.iterdir()) == [".s.lock", "s"]
     talk = Conversation(language(endless), max_tokens=4)
     talk.load(here / "s")
     [turn] = talk.turns

@@ -51,7 +51,11 @@ def outcome(run: str = "laptop") -> dict[str, Any]:
     return result  # type: ignore[no-any-return]
 
 
-def test_the_whole_life(command: Command, process: Command, arguments: list[object]) -> None:
+MOMENTS = [("shards", "after"), ("train", "inside"), ("corpus", "after"), ("tokenizer", "before")]
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_the_whole_life(command: Command, process: Command, arguments: list[object], kills: int) -> None:
     ended = command(*arguments)
     assert ended.code == 0, ended.err
     result = outcome()
@@ -74,7 +78,7 @@ def test_the_whole_life(command: Command, process: Command, arguments: list[obje
     assert outcome() == result
 
     # killed between stages, inside them, and inside the training: the same end
-    for stage, place in [("corpus", "after"), ("tokenizer", "before"), ("shards", "after"), ("train", "inside")]:
+    for stage, place in sorted(MOMENTS[:kills], key=lambda moment: list(STAGES).index(moment[0])):
         killed = process(*arguments, "--name", "killed", before=KILL.format(stage=stage, place=place))
         assert killed.code == -signal.SIGKILL, killed.err
         assert not (Path("runs/killed/stages") / f"{stage}.json").exists()

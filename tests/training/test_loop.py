@@ -30,6 +30,7 @@ from nemotron_h.training.loop import Progress, Trained, train
 from nemotron_h.training.metrics import rows
 
 Run = Callable[..., Trained]
+ADAMW: dict[str, Any] = {"optimizer": Optimizer.ADAMW, "precision": Precision.BFLOAT16}
 MUON: dict[str, Any] = {"optimizer": Optimizer.MUON, "matrix_learning_rate": 0.02}
 LAST = Path("checkpoints") / "step-00000040"
 
@@ -60,16 +61,17 @@ def lives(shard: Shard, folder: Path, config: TrainConfig, model: ModelConfig, c
 
 
 @pytest.mark.parametrize(
-    ("changes", "count"),
+    ("changes", "count", "kills"),
     [
-        ({"optimizer": Optimizer.ADAMW, "precision": Precision.BFLOAT16}, 1),
+        (ADAMW, 1, 3),
+        pytest.param(ADAMW, 1, 6, marks=pytest.mark.slow),
         pytest.param(
-            MUON | {"accumulation": 2, "decay": Decay.STABLE, "decay_fraction": 0.5}, 2, marks=pytest.mark.slow
+            MUON | {"accumulation": 2, "decay": Decay.STABLE, "decay_fraction": 0.5}, 2, 6, marks=pytest.mark.slow
         ),
     ],
-    ids=["adamw", "muon on two threads"],
+    ids=["adamw", "adamw, more often", "muon on two threads"],
 )
-def test_killed_five_times_it_ends_in_the_same_bits(
+def test_killed_again_and_again_it_ends_in_the_same_bits(
     run: Run,
     shard: Shard,
     settings: TrainConfig,
@@ -78,6 +80,7 @@ def test_killed_five_times_it_ends_in_the_same_bits(
     threads: Callable[[int], None],
     changes: dict[str, Any],
     count: int,
+    kills: int,
 ) -> None:
     threads(count)
     run(tmp_path / "whole", **changes)
@@ -89,10 +92,10 @@ def test_killed_five_times_it_ends_in_the_same_bits(
         "rename:1",
         "remove:1",
         f"step:{draw.randint(36, 39)}",
-        "end",
     ]
-    ends = lives(shard, tmp_path / "killed", replace(settings, **changes), model_config, count, *moments)
-    assert ends == [-signal.SIGKILL] * 6 + [0]
+    moments = moments[: kills - 1] + moments[-1:]
+    ends = lives(shard, tmp_path / "killed", replace(settings, **changes), model_config, count, *moments, "end")
+    assert ends == [-signal.SIGKILL] * kills + [0]
     assert hashes(tmp_path / "killed") == hashes(tmp_path / "whole")
     assert [row["step"] for row in told(tmp_path / "killed")] == list(range(1, 41))
     assert told(tmp_path / "killed") == told(tmp_path / "whole")

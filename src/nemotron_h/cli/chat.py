@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
@@ -96,19 +96,27 @@ def chat(
 
     check_precision(precision)
     usable(device)
-    settle()
-    language = load(folder_of(path), precision=precision, device=device, engine_config=engine_config)
-    if not ignore_defaults:
-        sampling = language.companions.generation.sampling(**drawn)
-    talk = Conversation(
-        language,
-        system=system,
-        documents=documents,
-        variables={} if think is None else {"enable_thinking": think},
-        max_tokens=max_tokens,
-        sampling=sampling,
-    )
-    Chat(talk, session, inexact=inexact).run()
+    with nullcontext() if session is None else claimed(session):
+        settle()
+        language = load(folder_of(path), precision=precision, device=device, engine_config=engine_config)
+        if not ignore_defaults:
+            sampling = language.companions.generation.sampling(**drawn)
+        talk = Conversation(
+            language,
+            system=system,
+            documents=documents,
+            variables={} if think is None else {"enable_thinking": think},
+            max_tokens=max_tokens,
+            sampling=sampling,
+        )
+        Chat(talk, session, inexact=inexact).run()
+
+
+def claimed(session: Path) -> AbstractContextManager[None]:
+    """Two chats on one file would write over each other."""
+    from nemotron_h.checkpoint.files import locked
+
+    return locked(session.with_name(f".{session.name}.lock"), str(session), instead="name another --session")
 
 
 def read_documents(paths: Iterable[str]) -> dict[str, str]:

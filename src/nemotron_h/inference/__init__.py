@@ -1,1 +1,1 @@
-"""Text out of a model: loading, and an engine that serves many requests, reuses what it has read, and keeps sessions."""
+"""Text out of a model: an engine that serves many requests, reuses what it has read, and keeps sessions."""
