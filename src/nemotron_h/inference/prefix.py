@@ -6,9 +6,10 @@
 
 A hybrid cannot go back: its recurrent state is of one place, so a prefix is reused up to a snapshot and not a token
 further. Snapshots are large and few, and where they lie decides all. Candidates are places where prompts part: the end
-of a prompt and of a reply, places that the caller names (where the next turn will begin), the place where a second
-prompt has left a known path, and places at doubling distances back from the end of a long prompt. A snapshot is worth
-the tokens that it saves beyond the one above it, times how often such a one is used; the least worth goes.
+of a prompt and of a reply, where one that is cancelled stands, places that the caller names (where the next turn will
+begin), the place where a second prompt has left a known path, and places at doubling distances back from the end of a
+long prompt. A snapshot is worth the tokens that it saves beyond the one above it, times how often such a one is used;
+the least worth goes.
 
 A key stands for the token at a position: its id, or what an image hashes to. Each salt has a tree of its own. There are
 no tensors here: a snapshot is the number of a slot. Places whose snapshots are gone stay, to say why a match was cut.
@@ -38,7 +39,7 @@ class Kind(StrEnum):
     """Why a place is a candidate."""
 
     END = "end"  # of a prompt
-    REPLY = "reply"  # the end of one
+    REPLY = "reply"  # the end of one, or where a request was cancelled
     GIVEN = "given"  # named by the caller
     SHARED = "shared"  # two prompts have parted here
     TAIL = "tail"  # some way back from the end of a long prompt
