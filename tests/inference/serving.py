@@ -133,6 +133,13 @@ def check_pinned(engine: Engine, sessions: Sequence[Session]) -> None:
 
 
 def check_conserved(engine: Engine) -> None:
+    """All storage is there, and the counts add up."""
+    check_storage(engine)
+    counts = engine.counts
+    assert counts.prompt_tokens == counts.reused_tokens + sum(counts.lost_tokens.values())
+
+
+def check_storage(engine: Engine) -> None:
     """Every slot and page is free or held, and held by those that are there, as often as they hold it."""
     memory, running = engine.memory, len(engine.scheduler.running)
     prefixes, state = memory.prefixes, memory.state
@@ -148,8 +155,6 @@ def check_conserved(engine: Engine) -> None:
     for row, sequence in enumerate(engine.scheduler.running):
         assert 0 <= state.positions[row] <= len(sequence.tokens)
         assert not memory.sizes.pages or len(state.tables[row]) <= memory.promised[row]
-    counts = engine.counts
-    assert counts.prompt_tokens == counts.reused_tokens + sum(counts.lost_tokens.values())
     # whoever runs can have all that it was promised
     owed = sum(max(0, memory.promised[row] - len(state.tables[row])) for row in range(running))
     assert owed <= len(memory.pages.free)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -83,6 +84,31 @@ def test_an_answer_under_way_goes_on_in_another_engine_with_its_next_draw(build:
     assert rest.ids == whole.ids
     assert rest.logprobs == whole.logprobs[9:]
     assert engine.counts.read_tokens == 20 - 9
+
+
+@pytest.mark.parametrize(("length", "places"), [(180, []), (300, [96])])
+def test_a_prompt_that_is_half_read_is_saved_as_far_as_it_was(
+    build: Build, tmp_path: Path, length: int, places: list[int]
+) -> None:
+    """Where no logits are known, reading goes on and no answer begins."""
+    model = build()
+    engine = Engine(model, config=SMALL)
+    (half,) = engine.add(Request(ids=ids(length)))
+    engine.step()
+    assert engine.scheduler.positions == [96]
+    with closing(engine.session(half)) as session:
+        assert ([snapshot.node.end for snapshot in session.snapshots], session.places) == ([96], places)
+        session.save(tmp_path / "half")
+    engine = Engine(model, config=SMALL)
+    restored = engine.restore(tmp_path / "half")
+    assert restored.places == places
+    (whole,) = answered(engine, restored.request(max_tokens=6, logprobs=1))
+    assert whole.reuse is not None
+    assert whole.reuse.reused == 96
+    (there,) = answered(engine, Request(ids=ids(length)[:96], max_tokens=2))
+    assert restored.places == [96]  # they are known by now
+    check_alone(model, whole, there)
+    check_conserved(engine)
 
 
 def test_what_is_held_stays_and_what_is_let_go_may_go(build: Build) -> None:

@@ -62,6 +62,21 @@ def test_what_memory_has_no_room_for_comes_back_on_a_hit(build: Build, tmp_path:
         check_conserved(engine)
 
 
+def test_a_prompt_that_was_cancelled_half_read_takes_no_whole_ones_place(build: Build, tmp_path: Path) -> None:
+    model = build()
+    with Engine(model, config=config(tmp_path)) as engine:
+        (half,) = engine.add(Request(ids=ids(180)))
+        engine.step()
+        assert engine.scheduler.positions == [96]
+        engine.cancel(half)
+    for cut in (Cut.NEW, Cut.WHOLE):
+        with Engine(model, config=config(tmp_path)) as engine:
+            (answer,) = answered(engine, Request(ids=ids(180)[:96], max_tokens=2))
+            assert answer.reuse is not None
+            assert answer.reuse.cut is cut
+            check_alone(model, answer)
+
+
 def test_the_longest_unused_goes_where_the_limit_is_reached(build: Build, tmp_path: Path) -> None:
     model = build()
     with Engine(model, config=config(tmp_path)) as engine:
