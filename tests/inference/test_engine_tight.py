@@ -13,9 +13,11 @@ import pytest
 from nemotron_h.errors import CapacityError, RequestError
 from nemotron_h.inference import session_file
 from nemotron_h.inference.engine import Engine
-from nemotron_h.inference.request import Finish, News, Request, Update
+from nemotron_h.inference.request import Answer, Finish, News, Request, Update
+from nemotron_h.inference.sampling import drawable
 from nemotron_h.inference.session import Session
 from nemotron_h.model.hybrid import Hybrid
+from nemotron_h.text.tokenizer import Tokenizer
 from tests.inference.serving import budget, check_alone, check_conserved, check_storage, erase
 from tests.inference.test_engine import answered, ids
 from tests.model import shapes
@@ -23,8 +25,8 @@ from tests.model import shapes
 Build = Callable[..., Hybrid]
 
 
-def tight(model: Hybrid, **sizes: Any) -> Engine:
-    engine = Engine(model, config=budget(model, **{"max_running": 1, "portion_tokens": 96, **sizes}))
+def tight(model: Hybrid, tokenizer: Tokenizer | None = None, **sizes: Any) -> Engine:
+    engine = Engine(model, tokenizer, config=budget(model, **{"max_running": 1, "portion_tokens": 96, **sizes}))
     erase(engine)
     return engine
 
@@ -179,17 +181,17 @@ def test_copying_may_be_interrupted(build: Build, monkeypatch: pytest.MonkeyPatc
 
 
 class Lines:
-    """Counts the engine's lines that run, and ends the one of that number by Ctrl-C."""
+    """Notes the engine's lines that run, and ends the one of that number by Ctrl-C."""
 
     def __init__(self, last: int | None = None) -> None:
-        self.last, self.run = last, 0
+        self.last, self.run = last, list[tuple[str, int]]()  # function and line
 
     def trace(self, frame: FrameType, event: str, argument: object) -> Any:
         if not frame.f_code.co_filename.startswith(str(FOLDER)):
             return None
         if event == "line":
-            self.run += 1
-            if self.run == self.last:
+            self.run.append((frame.f_code.co_qualname, frame.f_lineno))
+            if len(self.run) == self.last:
                 raise KeyboardInterrupt
         return self.trace
 
@@ -204,43 +206,68 @@ class Lines:
 
 
 FOLDER = Path(session_file.__file__).parent
+COMMITTING = {"Sequence.take", "Sequence.end", "Engine._drawn", "Engine._end", "Scheduler.leave"}
 
 
-def life_under(lines: Lines, model: Hybrid, folder: Path) -> None:
-    """Hits, audits, evictions to a folder, completions and sequences that wait: with a Ctrl-C in one of its steps, and
-    somebody cancelled after it."""
-    settings = {"pages": 7, "snapshots": 2, "max_running": 2, "snapshot_folder": folder, "audit_fraction": 0.5}
-    answers, told = [], list[Update]()
-    with tight(model, **settings) as engine:
-        for seed in (1, 2, 1, 3, 2, 1):
-            request = Request(ids=ids(280 + 10 * seed, seed=seed), max_tokens=3, logprobs=0, n=1 + (seed == 2))
-            answers += engine.add(request)
-        news = News(answers)
-        while engine.busy:
-            try:
-                with lines.traced():
-                    engine.step()
-            except KeyboardInterrupt:
-                engine.cancel(answers[lines.run % len(answers)])
-            told += news.take()
-        check_alone(model, *answers)
-        check_storage(engine)  # what a step was about to count may be lost with it
-        assert not any(snapshot.pins for snapshot in engine.memory.prefixes.snapshots.values())
+class Interrupted:
+    """One life of an engine: hits, audits, evictions to a folder, completions and sequences that wait. Its answers are
+    known without a Ctrl-C, and with one the same, but for one that is cancelled after it."""
+
+    def __init__(self, model: Hybrid, tokenizer: Tokenizer, folder: Path, *seeds: int) -> None:
+        self.model, self.tokenizer, self.folder, self.seeds = model, tokenizer, folder, seeds
+        self.drawn_from = drawable(tokenizer.known_ids, model.config.vocab_size)
+        self.lines = Lines()
+        self.known = self.live(self.lines, folder / "known")
+        check_alone(model, *self.known)
+        assert any(answer.text[answer.certain[-1] :] for answer in self.known)  # held back to the end
+
+    def check(self, last: int) -> None:
+        """With a Ctrl-C at that line."""
+        answers = self.live(Lines(last), self.folder / str(last))
+        for answer, known in zip(answers, self.known, strict=True):
+            if answer.finish is Finish.CANCELLED:
+                check_alone(self.model, answer)
+                continue
+            for name in ("ids", "text", "certain", "logprobs", "finish", "error"):
+                assert getattr(answer, name) == getattr(known, name), name
+
+    def live(self, lines: Lines, folder: Path) -> list[Answer]:
+        settings = {"pages": 7, "snapshots": 2, "max_running": 2, "snapshot_folder": folder, "audit_fraction": 0.5}
+        answers, told = [], list[Update]()
+        with tight(self.model, tokenizer=self.tokenizer, **settings) as engine:
+            for seed in self.seeds:
+                prompt, n = ids(280 + 10 * seed, seed=seed), 1 + (seed == 2)
+                request = Request(ids=prompt, max_tokens=3, logprobs=0, n=n, drawn_from=self.drawn_from)
+                answers += engine.add(request)
+            news = News(answers)
+            while engine.busy:
+                try:
+                    with lines.traced():
+                        engine.step()
+                except KeyboardInterrupt:
+                    engine.cancel(answers[len(lines.run) % len(answers)])
+                told += news.take()
+            check_storage(engine)  # what a step was about to count may be lost with it
+            assert not any(snapshot.pins for snapshot in engine.memory.prefixes.snapshots.values())
         for answer in answers:
-            assert [update.token for update in told if update.answer is answer] == [*answer.ids, None]
+            own = [update for update in told if update.answer is answer]
+            assert [update.token for update in own] == [*answer.ids, None]
+            assert "".join(update.text for update in own) == answer.text
+        return answers
 
 
-def check_interrupted(model: Hybrid, folder: Path, *, times: int, seed: int) -> None:
-    known = Lines()
-    life_under(known, model, folder / "known")
-    for last in random.Random(seed).sample(range(1, known.run), times):
-        life_under(Lines(last), model, folder / str(last))
-
-
-def test_ctrl_c_may_come_at_any_line_of_a_step(build: Build, tmp_path: Path) -> None:
-    check_interrupted(build(), tmp_path, times=8, seed=0)
+def test_ctrl_c_may_come_at_any_line_that_makes_a_token_the_answers(
+    build: Build, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    life = Interrupted(build(), tokenizer, tmp_path, 1, 2)
+    lines = {line: number for number, line in enumerate(life.lines.run, 1) if line[0] in COMMITTING}
+    assert {function for function, _ in lines} == COMMITTING
+    for number in lines.values():
+        life.check(number)
 
 
 @pytest.mark.slow
-def test_ctrl_c_may_come_at_hundreds_of_lines(build: Build, tmp_path: Path) -> None:
-    check_interrupted(build(), tmp_path, times=400, seed=1)
+def test_ctrl_c_may_come_at_any_line_of_a_step(build: Build, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    life = Interrupted(build(), tokenizer, tmp_path, 1, 2, 1, 3, 2, 1)
+    for number in random.Random(1).sample(range(1, len(life.lines.run)), 400):
+        life.check(number)
