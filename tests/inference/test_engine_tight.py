@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from nemotron_h.config.sampling import Sampling
 from nemotron_h.errors import CapacityError, RequestError
 from nemotron_h.inference import session_file
 from nemotron_h.inference.engine import Engine
@@ -233,11 +234,17 @@ class Interrupted:
 
     def live(self, lines: Lines, folder: Path) -> list[Answer]:
         settings = {"pages": 7, "snapshots": 2, "max_running": 2, "snapshot_folder": folder, "audit_fraction": 0.5}
-        answers, told = [], list[Update]()
+        answers, told = list[Answer](), list[Update]()
         with tight(self.model, tokenizer=self.tokenizer, **settings) as engine:
             for seed in self.seeds:
-                prompt, n = ids(280 + 10 * seed, seed=seed), 1 + (seed == 2)
-                request = Request(ids=prompt, max_tokens=3, logprobs=0, n=n, drawn_from=self.drawn_from)
+                request = Request(
+                    ids=ids(280 + 10 * seed, seed=seed),
+                    max_tokens=3,
+                    sampling=Sampling(temperature=1.0, frequency_penalty=0.5, seed=seed),
+                    n=1 + (seed == 2),
+                    drawn_from=self.drawn_from,
+                    logprobs=0,
+                )
                 answers += engine.add(request)
             news = News(answers)
             while engine.busy:
