@@ -240,7 +240,7 @@ class Interrupted:
                 request = Request(
                     ids=ids(280 + 10 * seed, seed=seed),
                     max_tokens=3,
-                    sampling=Sampling(temperature=1.0, frequency_penalty=0.5, seed=seed),
+                    sampling=Sampling(temperature=2.5, frequency_penalty=0.5, seed=seed),
                     n=1 + (seed == 2),
                     drawn_from=self.drawn_from,
                     logprobs=0,
