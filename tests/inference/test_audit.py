@@ -165,6 +165,20 @@ def test_without_a_bug_nothing_is_found(build: Build) -> None:
     check_conserved(engine)
 
 
+def test_a_hit_on_a_prompt_that_was_cancelled_half_read_is_audited(build: Build) -> None:
+    engine = Engine(build(), config=AUDITED)
+    (half,) = engine.add(Request(ids=PROMPT[:180]))
+    engine.step()
+    engine.cancel(half)
+    (answer,) = engine.add(Request(ids=PROMPT[:180], max_tokens=3))
+    engine.run()
+    assert answer.reuse is not None
+    assert answer.reuse.reused == 96
+    assert (engine.counts.audits, engine.memory.distrusted) == (1, None)
+    check_alone(engine.model, answer)
+    check_conserved(engine)
+
+
 def test_a_share_of_hits_is_audited(build: Build) -> None:
     engine = Engine(build(), config=EngineConfig(max_running=1, memory_bytes=4_000_000, audit_fraction=0.25))
     for _ in range(201):

@@ -251,6 +251,15 @@ def test_a_cancelled_request_leaves_at_once_and_what_it_read_is_reused(build: Bu
     assert again.reuse.reused == read.get(gone, 0)
 
 
+def test_who_leaves_before_anything_was_read_leaves_no_snapshot(build: Build) -> None:
+    engine = Engine(build(), config=SMALL)
+    (gone,) = engine.add(Request(ids=ids(150)))
+    engine.scheduler.admit()  # as where a step is interrupted before its pass
+    engine.cancel(gone)
+    assert not engine.memory.prefixes.snapshots
+    check_conserved(engine)
+
+
 def test_a_prompt_that_ends_where_another_was_cancelled_is_answered(build: Build) -> None:
     """Nobody knows the logits there yet: its last tokens are read again, once."""
     model = build()
