@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from nemotron_h.cli.chat import claimed
+from nemotron_h.cli.chat import Chat, claimed
 from nemotron_h.config.engine import EngineConfig
 from nemotron_h.inference.conversation import Conversation
 from nemotron_h.inference.engine import Engine
@@ -165,6 +165,40 @@ def test_a_session_is_gone_on_with(chat: Callable[..., Ended], here: Path) -> No
     assert chat("", ["--session", "s", "--system", "be long"]).line == (
         "system: must stay what s was begun with; got another; leave it out"
     )
+
+
+def test_a_fault_in_a_pipe_is_told_and_what_was_said_is_kept(
+    chat: Callable[..., Ended], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reply = Conversation.reply
+
+    def broken(talk: Conversation, message: str) -> Iterator[Piece]:
+        if message == "two":
+            raise RuntimeError("out of memory on the GPU")
+        yield from reply(talk, message)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Conversation, "reply", broken)
+        ended = chat("one\ntwo\n", ["--max-tokens", 4, "--session", "new/s"])
+    assert (ended.code, ended.err.splitlines()[-1][:29]) == (2, "nemotron-h: memory: ran out; ")
+    assert chat("", ["--session", "new/s"]).out.startswith("1 turn, the last of them:\n> one\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_the_documents_were_read_is_heard_before_the_first_message(
+    chat: Callable[..., Ended], here: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    (here / "doc.txt").write_text("def function(value):\n" * 20)
+    remember = Chat.remember
+
+    def signalled(self: Chat) -> None:
+        os.kill(os.getpid(), number)
+        remember(self)
+
+    monkeypatch.setattr(Chat, "remember", signalled)
+    monkeypatch.setattr("nemotron_h.cli.chat.silence", lambda *streams: None)  # it would take pytest's own
+    ended = chat("one\n", ["--file", "doc.txt", "--session", "s", "--max-tokens", 4])
+    assert (ended.code, ended.out) == (128 + number, "")
 
 
 def test_a_session_is_one_chats_at_a_time(chat: Callable[..., Ended], here: Path) -> None:

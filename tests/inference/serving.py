@@ -133,13 +133,6 @@ def check_pinned(engine: Engine, sessions: Sequence[Session]) -> None:
 
 
 def check_conserved(engine: Engine) -> None:
-    """All storage is there, and the counts add up."""
-    check_storage(engine)
-    counts = engine.counts
-    assert counts.prompt_tokens == counts.reused_tokens + sum(counts.lost_tokens.values())
-
-
-def check_storage(engine: Engine) -> None:
     """Every slot and page is free or held, and held by those that are there, as often as they hold it."""
     memory, running = engine.memory, len(engine.scheduler.running)
     prefixes, state = memory.prefixes, memory.state

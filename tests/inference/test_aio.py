@@ -109,8 +109,12 @@ def test_an_engine_that_breaks_tells_everybody(build: Build, monkeypatch: pytest
 
     async def main() -> None:
         async with AsyncEngine(Engine(model, config=SMALL)) as serving:
-            await streamed(serving, Request(ids=ids(5), max_tokens=2))
+            (known,) = await streamed(serving, Request(ids=ids(5), max_tokens=2))
             monkeypatch.setattr(model, "hidden", broken)
+            hit = serving.stream(Request(ids=ids(5), max_tokens=2))
+            assert (await anext(hit)).token == known.ids[0]  # drawn by the step that broke
+            with pytest.raises(RuntimeError, match=r"the engine's thread has ended"):
+                await anext(hit)
             for _ in range(2):
                 with pytest.raises(RuntimeError, match=r"the engine's thread has ended") as caught:
                     await streamed(serving, Request(ids=ids(5, seed=2), max_tokens=2))

@@ -22,6 +22,7 @@ from nemotron_h.inference.engine import Engine
 from nemotron_h.inference.load import LanguageModel
 from nemotron_h.inference.partings import partings
 from nemotron_h.inference.request import Answer, Finish, Request
+from nemotron_h.inference.session_file import read_header
 from nemotron_h.model import fingerprint
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.text.bpe import train
@@ -460,6 +461,21 @@ def test_reading_that_was_stopped_goes_on_from_there(stage: Stage) -> None:
     places.close()
     assert 0 < known < total
     assert [reused for reused, _, _ in talk.read()][-1] == known
+
+
+def test_where_reading_was_stopped_is_not_held_for_the_end_of_the_documents(stage: Stage, tmp_path: Path) -> None:
+    talk = Conversation(stage.language, documents={"a.md": PROSE * 6})
+    places = talk.read()
+    next(places)
+    next(places)
+    places.close()
+    *_, (_, known, total) = talk.read()
+    assert known == total
+    for turn in range(3):
+        stage.say(talk, f"question {turn}", "Yes.")
+    talk.save(tmp_path / "talk")
+    header, _ = read_header(tmp_path / "talk")
+    assert header.snapshots[0] == (total, "end")
 
 
 def test_documents_are_read_before_the_first_question(stage: Stage, build: Build) -> None:

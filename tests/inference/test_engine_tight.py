@@ -19,7 +19,7 @@ from nemotron_h.inference.sampling import drawable
 from nemotron_h.inference.session import Session
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.text.tokenizer import Tokenizer
-from tests.inference.serving import budget, check_alone, check_conserved, check_storage, erase
+from tests.inference.serving import budget, check_alone, check_conserved, erase
 from tests.inference.test_engine import answered, ids
 from tests.model import shapes
 
@@ -185,7 +185,7 @@ class Lines:
     """Notes the engine's lines that run, and ends the one of that number by Ctrl-C."""
 
     def __init__(self, last: int | None = None) -> None:
-        self.last, self.run = last, list[tuple[str, int]]()  # function and line
+        self.last, self.run, self.interrupted = last, list[tuple[str, int]](), False  # function and line of each
 
     def trace(self, frame: FrameType, event: str, argument: object) -> Any:
         if not frame.f_code.co_filename.startswith(str(FOLDER)):
@@ -217,14 +217,19 @@ class Interrupted:
     def __init__(self, model: Hybrid, tokenizer: Tokenizer, folder: Path, *seeds: int) -> None:
         self.model, self.tokenizer, self.folder, self.seeds = model, tokenizer, folder, seeds
         self.drawn_from = drawable(tokenizer.known_ids, model.config.vocab_size)
-        self.lines = Lines()
+        self.ends, self.stop = list[int](), list[str]()
+        whole = self.live(Lines(), folder / "whole")
+        check_alone(model, *whole)
+        assert any(answer.text[answer.certain[-1] :] for answer in whole)  # held back to the end
+        self.ends, self.stop, self.lines = whole[0].ids[2:3], [whole[-1].text[1:2]], Lines()
         self.known = self.live(self.lines, folder / "known")
-        check_alone(model, *self.known)
-        assert any(answer.text[answer.certain[-1] :] for answer in self.known)  # held back to the end
+        assert {answer.finish for answer in self.known} >= {Finish.END, Finish.STOP}
 
     def check(self, last: int) -> None:
         """With a Ctrl-C at that line."""
-        answers = self.live(Lines(last), self.folder / str(last))
+        lines = Lines(last)
+        answers = self.live(lines, self.folder / str(last))
+        assert lines.interrupted
         for answer, known in zip(answers, self.known, strict=True):
             if answer.finish is Finish.CANCELLED:
                 check_alone(self.model, answer)
@@ -239,7 +244,9 @@ class Interrupted:
             for seed in self.seeds:
                 request = Request(
                     ids=ids(280 + 10 * seed, seed=seed),
-                    max_tokens=3,
+                    max_tokens=4,
+                    ends=self.ends,
+                    stop=self.stop,
                     sampling=Sampling(temperature=2.5, frequency_penalty=0.5, seed=seed),
                     n=1 + (seed == 2),
                     drawn_from=self.drawn_from,
@@ -252,9 +259,10 @@ class Interrupted:
                     with lines.traced():
                         engine.step()
                 except KeyboardInterrupt:
+                    lines.interrupted = True
                     engine.cancel(answers[len(lines.run) % len(answers)])
                 told += news.take()
-            check_storage(engine)  # what a step was about to count may be lost with it
+            check_conserved(engine)
             assert not any(snapshot.pins for snapshot in engine.memory.prefixes.snapshots.values())
         for answer in answers:
             own = [update for update in told if update.answer is answer]

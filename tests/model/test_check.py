@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nemotron_h.errors import ShapeError
+from nemotron_h.grid import CHUNK
 from nemotron_h.model import attention, hybrid, mamba, mlp
 from nemotron_h.model import check as room
 from nemotron_h.model.check import Arithmetic, Finding, check, start_up
@@ -172,6 +173,21 @@ def test_a_layer_whose_bits_depend_on_the_cut_is_found(monkeypatch: pytest.Monke
     assert start_up(model("8b"), None).multiple == 8
 
 
+def test_a_scan_that_is_wrong_where_a_call_goes_over_the_end_of_a_chunk_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The call of an engine that is the most common: a conversation's next turn."""
+
+    def broken(x: Tensor, dt: Tensor, a: Tensor, D: Tensor, segments: Segments, *rest: object, **sizes: int) -> Tensor:
+        calls = zip(segments.starts, segments.lengths, strict=True)
+        over = any(start % CHUNK > 0 and start % CHUNK + length > CHUNK for start, length in calls)
+        return scan(x, dt, a, D, segments, *rest, **sizes) * (1 + 2**-12 * over)
+
+    scan = mamba.ssd
+    monkeypatch.setattr(mamba, "ssd", broken)
+    assert failures("8b") == ["Mamba of layer 0, in a batch, outputs"]
+
+
 def test_a_layer_whose_bits_depend_on_the_company_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(q: Tensor, keys: Tensor, values: Tensor, segments: Segments, table: Tensor) -> Tensor:
         return attend(q, keys, values, segments, table) * (1 + 2**-20 * (len(segments) > 1))
@@ -187,7 +203,7 @@ def test_a_layer_whose_bits_depend_on_the_company_is_found(monkeypatch: pytest.M
 def test_a_state_with_other_bits_is_found_though_nothing_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: MambaState, xbc: Tensor, convolved: Tensor, dt: Tensor, segments: Segments) -> None:
         push(self, xbc, convolved, dt, segments)
-        self.x[:, -1] += segments.starts == (65,)  # the last call of the pieces, 65..133: the place is not written yet
+        self.x[:, -1] += segments.starts == (65,)  # the last call of the pieces, 65..69: the place is not written yet
 
     push = MambaState.push
     monkeypatch.setattr(MambaState, "push", broken)

@@ -116,6 +116,7 @@ def claimed(session: Path) -> AbstractContextManager[None]:
     """Two chats on one file would write over each other."""
     from nemotron_h.checkpoint.files import locked
 
+    session.parent.mkdir(parents=True, exist_ok=True)
     return locked(session.with_name(f".{session.name}.lock"), str(session), instead="name another --session")
 
 
@@ -170,7 +171,7 @@ class Chat:
                 if not (self.interactive or self.ended or self.session):
                     raise  # a pipe's messages are there to be sent again
                 self.keep()
-                if self.ended is None and (sys.stdout.isatty() or isinstance(error, KeyboardInterrupt)):
+                if self.ended is None and (sys.stdout.isatty() or not self.interactive):
                     raise
                 silence(sys.stdout, sys.stderr)
                 raise SystemExit(1 if self.ended is None else SIGNALLED + self.ended) from None
@@ -223,6 +224,10 @@ class Chat:
 
         read = typed([turn.message for turn in self.talk.turns]) if self.interactive else piped
         while True:
+            if self.ended is not None:
+                raise SystemExit
+            if self.interrupted and not self.interactive:
+                raise KeyboardInterrupt
             try:
                 line = self.wait(read)
                 if line.rstrip() == "/quit":
@@ -239,10 +244,6 @@ class Chat:
             except NemotronError as error:
                 self.refused = True
                 self.note(str(error))
-            if self.ended is not None:
-                raise SystemExit
-            if self.interrupted and not self.interactive:
-                raise KeyboardInterrupt
 
     def wait(self, read: Callable[[str], str]) -> str:
         """For the user's next message."""

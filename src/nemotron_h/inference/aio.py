@@ -72,7 +72,7 @@ class AsyncEngine:
                 adding.add_done_callback(lambda added: self._forget(added, tell))
 
     async def call(self, function: Callable[[], T]) -> T:
-        """The function's result, called by the engine's thread between two steps."""
+        """The function's result, called by the engine's thread between two steps; streams hear nothing meanwhile."""
         return await asyncio.wrap_future(self._ask(function))
 
     def _ask(self, function: Callable[[], T]) -> Future[T]:
@@ -143,8 +143,7 @@ class AsyncEngine:
         """Streams end with it."""
         self.error, self._absent = error, "has ended"
         LOG.error("the engine's thread has ended", exc_info=error)
-        for tell in list(self._streams):
-            tell(None)
+        self._tell(last=True)
 
     def _do(self, function: Callable[[], T], future: Future[T]) -> None:
         if not future.set_running_or_notify_cancel():

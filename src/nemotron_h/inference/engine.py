@@ -165,7 +165,8 @@ class Engine:
     def step(self) -> list[Update]:
         """Do one pass. Returns what was done to each answer since the last step.
 
-        A step that is interrupted is done again by the next one, to the same bits: who was being read begins anew.
+        A step that is interrupted is done again by the next one, to the same bits: who was being read begins anew. What
+        it was about to return is lost with it; `News` of your own, of the same answers, loses nothing.
         """
         scheduler = self.scheduler
         with self._all_or_nothing():

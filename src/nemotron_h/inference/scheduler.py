@@ -29,17 +29,21 @@ WORTH_WAITING = CHUNK  # tokens that somebody else is about to read, or a file h
 
 @dataclass(slots=True)
 class Counts:
-    """What an engine has done so far. prompt_tokens = reused_tokens + the sum of lost_tokens."""
+    """What an engine has done so far."""
 
     requests: int = 0
     passes: int = 0
     read_tokens: int = 0  # of prompts, drawn ones, and those read again
-    prompt_tokens: int = 0
     matched_tokens: int = 0
     reused_tokens: int = 0
     lost_tokens: Counter[Cut] = field(default_factory=Counter)  # of prompts, by why they were not reused
     audits: int = 0
     audited_tokens: int = 0  # of those reused, read all the same, to be compared
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all prompts: those reused, and those that were not."""
+        return self.reused_tokens + self.lost_tokens.total()
 
 
 class Scheduler:
@@ -216,7 +220,6 @@ class Scheduler:
             return
         length = len(sequence.tokens)
         sequence.answer.reuse = Reuse(length, match.matched, match.reused, match.cut)
-        self.counts.prompt_tokens += length
         self.counts.matched_tokens += match.matched
         self.counts.reused_tokens += match.reused
         self.counts.lost_tokens[match.cut] += length - match.reused

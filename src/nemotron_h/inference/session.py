@@ -51,8 +51,8 @@ class Sessions:
     ) -> "Session":
         """Of these ids, as far as they are known. prompt_tokens: of them; None: all."""
         way = self.memory.prefixes.along(np.array(ids, dtype=np.int64), salt)
-        if self.exact:  # not those on the way through a long prompt, which are for prompts that are edited there
-            way = [snapshot for snapshot in way if snapshot.kind is not Kind.TAIL or snapshot is way[-1]]
+        if self.exact:  # not those on the way through a long prompt, nor where its reading was stopped
+            way = [one for one in way if one is way[-1] or (one.answers and one.kind is not Kind.TAIL)]
         return Session(
             sessions=self,
             ids=[int(token) for token in ids],

@@ -38,7 +38,8 @@ from nemotron_h.ops.steps import steps
 CUTS = (1, 2, 5, CHUNK - 1, CHUNK, CHUNK + 1, 200, BLOCK - 1, BLOCK, BLOCK + 1)
 LENGTH = BLOCK + ROWS + 1
 SINGLES = (*range(CHUNK - 2, CHUNK + 4), *range(BLOCK - 2, LENGTH))  # cuts between which tokens come one at a time
-BATCH = ((CHUNK, CHUNK - 1, 1), (1, 1, 1), (2, 9, 3), (1, 1, 1))  # new tokens of three sequences in each call
+# New tokens of three sequences in each call; the second goes over the end of a chunk within one.
+BATCH = ((CHUNK, CHUNK - 3, 1), (1, 1, 1), (2, 9, 3), (1, 1, 1))
 # Tokens that one layer alone is read with: past the last edge that its kind knows of.
 FARTHEST = {MlpConfig: MOST_ROWS + 1, MambaConfig: CHUNK + ROWS + 1, AttentionConfig: LENGTH}
 SCAN_LIMIT = 1e-4  # of the largest output: float32 sums over a chunk, and decays whose exponents are rounded
