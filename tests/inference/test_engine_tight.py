@@ -2,7 +2,7 @@
 
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -207,7 +207,8 @@ class Lines:
 
 
 FOLDER = Path(session_file.__file__).parent
-COMMITTING = {"Sequence.take", "Sequence.end", "Engine._drawn", "Engine._end", "Scheduler.leave"}
+OF_TOKENS = {"Sequence.take", "Sequence.end", "Engine._drawn", "Engine._end", "Scheduler.leave"}
+OF_FILES = {"Store.put", "Store._taken", "Store._remove", "Store.get"}
 
 
 class Interrupted:
@@ -238,9 +239,9 @@ class Interrupted:
                 assert getattr(answer, name) == getattr(known, name), name
 
     def live(self, lines: Lines, folder: Path) -> list[Answer]:
-        settings = {"pages": 7, "snapshots": 2, "max_running": 2, "snapshot_folder": folder, "audit_fraction": 0.5}
+        sizes = {"pages": 7, "snapshots": 2, "max_running": 2, "snapshot_folder_bytes": 300_000}
         answers, told = list[Answer](), list[Update]()
-        with tight(self.model, tokenizer=self.tokenizer, **settings) as engine:
+        with tight(self.model, tokenizer=self.tokenizer, snapshot_folder=folder, audit_fraction=0.5, **sizes) as engine:
             for seed in self.seeds:
                 request = Request(
                     ids=ids(280 + 10 * seed, seed=seed),
@@ -271,12 +272,17 @@ class Interrupted:
         return answers
 
 
-def test_ctrl_c_may_come_at_any_line_that_makes_a_token_the_answers(
-    build: Build, tokenizer: Tokenizer, tmp_path: Path
+@pytest.mark.parametrize(
+    ("functions", "seeds"), [(OF_TOKENS, (1, 2)), (OF_FILES, (1, 2, 1, 3, 2, 1))], ids=["tokens", "files"]
+)
+def test_ctrl_c_may_come_at_any_line_that_changes(
+    build: Build, tokenizer: Tokenizer, tmp_path: Path, functions: set[str], seeds: Sequence[int]
 ) -> None:
-    life = Interrupted(build(), tokenizer, tmp_path, 1, 2)
-    lines = {line: number for number, line in enumerate(life.lines.run, 1) if line[0] in COMMITTING}
-    assert {function for function, _ in lines} == COMMITTING
+    life = Interrupted(build(), tokenizer, tmp_path, *seeds)
+    whole = list(enumerate(life.lines.run, 1))
+    order = whole if functions is OF_TOKENS else reversed(whole)  # the last token; the first file, which others read
+    lines = {line: number for number, line in order if line[0] in functions}
+    assert {function for function, _ in lines} == functions
     for number in lines.values():
         life.check(number)
 

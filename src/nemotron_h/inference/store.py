@@ -62,10 +62,12 @@ class Store:
 
     def match(self, keys: Keys, salt: str) -> tuple[int, Path | None]:
         """How many keys the deepest snapshot of the folder has read, and its file."""
-        snapshot = self._tree.match(keys, digest(salt)).snapshot
-        if snapshot is None:
-            return 0, None
-        return snapshot.node.end, next(file.path for file in self._files.values() if file.snapshot is snapshot)
+        while (snapshot := self._tree.match(keys, digest(salt)).snapshot) is not None:
+            for file in self._files.values():
+                if file.snapshot is snapshot:
+                    return snapshot.node.end, file.path
+            self._tree.drop(snapshot)  # the writing of its file was interrupted
+        return 0, None
 
     def get(self, path: Path) -> tuple[list[tuple[int, Kind]], dict[str, Tensor]]:
         """A file's place and tensors; it is the latest used now. A damaged one is removed. Raises: DataError."""
@@ -115,8 +117,11 @@ class Store:
         return self._taken(ids.numpy(), str(header.extra["salt"]), Kind(kind))
 
     def _taken(self, keys: Keys, salt: str, kind: Kind) -> Snapshot | None:
+        node = self._tree.insert(keys, salt)
+        if node.snapshot is not None:
+            self._tree.drop(node.snapshot)  # of a file whose writing was interrupted, or of the same
         self._tree.free.append(next(self._numbers))
-        snapshot, _ = self._tree.offer(self._tree.insert(keys, salt), kind)
+        snapshot, _ = self._tree.offer(node, kind)
         return snapshot
 
     def _shrink(self, more_bytes: int = 0) -> None:
@@ -129,10 +134,11 @@ class Store:
             self._remove(name)
 
     def _remove(self, name: str) -> None:
-        file = self._files.pop(name)
-        file.path.unlink(missing_ok=True)
-        if file.snapshot is not None:
+        file = self._files[name]
+        if file.snapshot is not None and file.snapshot.kept:
             self._tree.drop(file.snapshot)
+        file.path.unlink(missing_ok=True)
+        del self._files[name]
 
 
 def digest(salt: str) -> str:
