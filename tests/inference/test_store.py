@@ -15,6 +15,7 @@ import torch
 from nemotron_h.config.engine import EngineConfig
 from nemotron_h.errors import CheckpointError
 from nemotron_h.inference.engine import Engine
+from nemotron_h.inference.memory import Memory
 from nemotron_h.inference.prefix import Cut
 from nemotron_h.inference.request import Answer, Request
 from nemotron_h.model.hybrid import Hybrid
@@ -167,3 +168,25 @@ def test_changed_weights_leave_the_folder_alone(build: Build, tmp_path: Path) ->
         (answer,) = answered(engine, REQUEST)
         assert reused(answer) == 0
     assert not list(tmp_path.glob("*.snapshot"))
+
+
+def test_weights_whose_change_was_noticed_half_are_noticed_again(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Memory) -> None:
+        raise KeyboardInterrupt
+
+    model = build()
+    with Engine(model, config=config(tmp_path)) as engine:
+        answered(engine, *[Request(ids=ids(300, seed=seed), max_tokens=1) for seed in range(8)])
+        with torch.no_grad():
+            model.head_weight.mul_(2)
+        answers = engine.add(REQUEST)
+        with monkeypatch.context() as patch:
+            patch.setattr(Memory, "forget", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                engine.step()
+        engine.run()
+        assert engine.scheduler.store is None
+        check_alone(model, *answers)
+        check_conserved(engine)

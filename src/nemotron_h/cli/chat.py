@@ -163,7 +163,7 @@ class Chat:
                 if self.interactive:
                     self.say("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves", dim=True)
                 self.converse()
-            except NemotronError:  # of the documents: nothing was read
+            except NemotronError:  # documents that do not fit, or a disk that does not take them
                 raise
             except BaseException as error:
                 if isinstance(error, OSError) and error.errno == errno.EIO:

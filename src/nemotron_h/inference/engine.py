@@ -252,7 +252,6 @@ class Engine:
         versions = fingerprint.versions(self.model)
         if versions == self._versions:
             return
-        self._versions = versions
         with self._all_or_nothing():
             self.scheduler.retract()
             self.memory.forget()
@@ -260,6 +259,7 @@ class Engine:
         if self.scheduler.store is not None:
             LOG.warning("the weights have changed: the folder of snapshots is not used any more")
             self._close_store()
+        self._versions = versions  # what is interrupted before is done again
 
     def _end_overdue(self) -> None:
         """End those whose time is up, and who was over when it was added: it goes on from a stop string."""

@@ -179,7 +179,7 @@ class Prefixes:
         self, node: Node, kind: Kind, *, awaited: bool = False, answers: bool = True
     ) -> tuple[Snapshot | None, Snapshot | None]:
         """A snapshot for this place, None where it has one or is not worth it; and the one that goes for it, whose slot
-        it takes. awaited: another request will begin here at once."""
+        it takes. awaited: another request will begin here at once. answers: an answer can begin here."""
         if node.snapshot is not None:
             return None, None
         snapshot, gone = Snapshot(node, -1, kind, self.now, answers, hits=int(awaited)), None

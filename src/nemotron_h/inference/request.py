@@ -160,13 +160,15 @@ class News:
 
 def updates_since(answer: Answer, told: int) -> Iterator[Update]:
     """What was done to an answer since it had so many ids."""
-    borders = [0, *answer.certain]
+    begin = answer.certain[told - 1] if told else 0
     without = len(answer.ids) - len(answer.logprobs)  # tokens that were drawn before, or whose nobody asked for
     for place in range(told, len(answer.ids)):
-        text = answer.text[borders[place] : borders[place + 1]]
-        yield Update(answer, answer.ids[place], text, answer.logprobs[place - without] if place >= without else None)
+        end = answer.certain[place]
+        chances = answer.logprobs[place - without] if place >= without else None
+        yield Update(answer, answer.ids[place], answer.text[begin:end], chances)
+        begin = end
     if answer.finish is not None:
-        yield Update(answer, None, answer.text[borders[-1] :])
+        yield Update(answer, None, answer.text[begin:])
 
 
 def check_ids(ids: Iterable[int], vocab: int, name: str) -> None:
