@@ -56,7 +56,7 @@ def test_every_prompt_is_answered_in_order_as_if_alone(
 
 def test_stopped_it_goes_on_to_the_same_answers(command: Command, checkpoint: Path, tmp_path: Path) -> None:
     path = prompts_in(tmp_path, *[{"prompt": f"def {name}"} for name in "abcde"])
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole, parts = tmp_path / "new" / "whole", tmp_path / "parts"
     assert command("generate", checkpoint, "--batch", path, "--output", whole, *OPTIONS).code == 0
     assert command("generate", checkpoint, "--batch", path, "--output", parts, *OPTIONS).code == 0
     lines = parts.read_text(encoding="utf-8").splitlines(keepends=True)

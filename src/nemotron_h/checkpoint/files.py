@@ -68,7 +68,8 @@ def claimed(folder: Path, *, instead: str = "name another run") -> Iterator[None
 
 @contextmanager
 def locked(lock: Path, what: str, *, instead: str) -> Iterator[None]:
-    """Hold what a file is the lock of, likewise."""
+    """Hold what a file is the lock of, likewise; its folder is made where there is none."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -116,7 +116,6 @@ def claimed(session: Path) -> AbstractContextManager[None]:
     """Two chats on one file would write over each other."""
     from nemotron_h.checkpoint.files import locked
 
-    session.parent.mkdir(parents=True, exist_ok=True)
     return locked(session.with_name(f".{session.name}.lock"), str(session), instead="name another --session")
 
 
