@@ -23,6 +23,7 @@ from torch import Tensor
 from nemotron_h.errors import ShapeError
 from nemotron_h.grid import DEPTH, ROWS, round_up
 from nemotron_h.ops.jit import linear as jit
+from nemotron_h.ops.jit.blocks import OUTS
 from nemotron_h.ops.jit.scalars import array, said_once
 from nemotron_h.ops.shapes import expect, wants_gradient
 
@@ -79,7 +80,7 @@ class FewRows:
         outs, into = self.weight.shape
         out = torch.empty(len(x), outs, dtype=torch.bfloat16)
         pairs = array(x.contiguous()).view(np.uint32).reshape(-1)
-        blocks = -(-outs // jit.OUTS)
+        blocks = -(-outs // OUTS)
         jit.few_rows(blocks, pairs, len(x), into // 2, self.words, self.depth // 2, array(out))
         return out
 
@@ -101,7 +102,7 @@ def _words(weight: Tensor) -> Any:
     if not (jit.RUNS and weight.is_mkldnn and weight.dtype == torch.bfloat16):
         return None
     outs, into = weight.shape
-    count = round_up(outs, jit.OUTS) * round_up(into // 2, jit.PAIRS_PADDED)
+    count = round_up(outs, OUTS) * round_up(into // 2, jit.PAIRS_PADDED)
     try:
         address, size = torch.ops.mkldnn.data_ptr(weight), torch.ops.mkldnn._nbytes(weight)
     except (AttributeError, RuntimeError):

@@ -23,7 +23,10 @@ try:
     from numba.extending import intrinsic, overload
 
     # told to compile for another CPU than this one, or without AVX, LLVM ends the process over what that has not
-    if numba.config.ENABLE_AVX and not (numba.config.CPU_NAME or numba.config.CPU_FEATURES):
+    if numba.config.CPU_NAME or numba.config.CPU_FEATURES:
+        named = (numba.config.CPU_FEATURES or "").split(",")
+        FEATURES = {name.removeprefix("+"): True for name in named if name.startswith("+")}
+    elif numba.config.ENABLE_AVX:
         FEATURES = dict(llvmlite.binding.get_host_cpu_features())
     if numba.config.DISABLE_JIT:
         MISSING = "NUMBA_DISABLE_JIT is set"

@@ -1,0 +1,76 @@
+"""Rows of words times a block of words, summed in registers: the loop inside the kernels that read a matrix.
+
+A word holds what one lane of an instruction multiplies: a pair of bfloat16 (`pairs.py`), or four 8-bit integers
+(`quads.py`). A block is OUTS outputs of a matrix; in it, word k of every output lies side by side, then word k + 1.
+Meanwhile memory is asked for what is read next, a line of the cache for each k.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from nemotron_h.ops.jit.scalars import numba
+
+OUTS = 64  # outputs of a block
+LINE = 16  # words of a line of the cache
+
+if numba is not None:
+    from llvmlite import ir
+    from numba import types
+    from numba.core import cgutils
+    from numba.extending import intrinsic
+
+    # of (builder, sums, a word of a row in every lane, words): the sums with the products added
+    Add = Callable[[Any, Any, Any, Any], Any]
+
+    def block_sums(rows: int, columns: int, of_sums: Any, add: Add) -> Any:
+        """For numba: sums[row : row + rows, column : column + columns] goes on over the words from begin to before end.
+
+        of_sums: LLVM's vector of sums, whose count divides columns. x: words, `step` from row to row; weights: words,
+        the block's own from `first` on; ahead: the word of `asked` from which on memory is asked for what comes next;
+        sums (rows, OUTS), of the vector's elements.
+        """
+        lanes = of_sums.count
+        words = ir.VectorType(ir.IntType(32), lanes)
+
+        @intrinsic  # type: ignore[untyped-decorator]
+        def go_on(typing, x, step, weights, first, begin, end, asked, ahead, sums, row, column):  # type: ignore[no-untyped-def]
+            def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+                def address(argument, *place):  # type: ignore[no-untyped-def]
+                    kind = signature.args[argument]
+                    array = context.make_array(kind)(context, builder, args[argument])
+                    return cgutils.get_item_pointer(context, builder, kind, array, list(place), wraparound=False)
+
+                def load(where, kind):  # type: ignore[no-untyped-def]
+                    loaded = builder.load(builder.bitcast(where, kind.as_pointer()))
+                    loaded.align = 4  # that of a word
+                    return loaded
+
+                _, step, _, first, begin, end, _, ahead, _, row, column = args
+                word, number = begin.type, ir.IntType(32)
+                nothing, everywhere = ir.Constant(words, ir.Undefined), ir.Constant(words, None)
+                vectors = [builder.add(column, word(place)) for place in range(0, columns, lanes)]
+                lines = [builder.add(row, word(r)) for r in range(rows)]
+                places = [[address(8, line, vector) for vector in vectors] for line in lines]
+                totals = [[cgutils.alloca_once_value(builder, load(p, of_sums)) for p in line] for line in places]
+                asking = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, number, number, number])
+                ask = cgutils.get_or_insert_function(builder.module, asking, "llvm.prefetch.p0i8")
+                to_read, soon, data = number(0), number(2), number(1)
+                with cgutils.for_range_slice(builder, begin, end, word(1)) as (k, _):
+                    later = builder.add(ahead, builder.mul(builder.sub(k, begin), word(LINE)))
+                    builder.call(ask, [builder.bitcast(address(6, later), cgutils.voidptr_t), to_read, soon, data])
+                    at = builder.add(first, builder.mul(k, word(OUTS)))
+                    some = [load(address(2, builder.add(at, vector)), words) for vector in vectors]
+                    for line, own in zip(lines, totals, strict=True):
+                        value = builder.load(address(0, builder.add(builder.mul(step, line), k)))
+                        value = builder.insert_element(nothing, value, number(0))
+                        value = builder.shuffle_vector(value, nothing, everywhere)
+                        for total, weight in zip(own, some, strict=True):
+                            builder.store(add(builder, builder.load(total), value, weight), total)
+                for line, own in zip(places, totals, strict=True):
+                    for place, total in zip(line, own, strict=True):
+                        builder.store(builder.load(total), builder.bitcast(place, of_sums.as_pointer())).align = 4
+                return context.get_dummy_value()
+
+            return types.void(x, step, weights, first, begin, end, asked, ahead, sums, row, column), generate
+
+        return go_on

@@ -1,0 +1,166 @@
+"""Rows in 8-bit integers times a matrix in 8- or 4-bit ones, and the rounding of rows. Definition: `ops/quantized.py`.
+
+All rows are multiplied by a piece of a block that stays in the nearest cache, and meanwhile memory is asked for the
+next piece: few rows take as long as the matrix needs to arrive, many run at the rate of the instruction (`quads.py`).
+Sums of integers are exact, so one loop serves any number of rows with the same bits. Few rows multiply the codes of a
+4-bit matrix as they are; for more, a piece of it is expanded in cache, once for all of them.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from nemotron_h.ops.jit import quads
+from nemotron_h.ops.jit.blocks import LINE, OUTS, block_sums
+from nemotron_h.ops.jit.kernels import kernel
+from nemotron_h.ops.jit.nibbles import DEEP, GROUP, expand_group, group_sums
+from nemotron_h.ops.jit.scalars import as_bits, as_float, compile_once, f, numba, piece, read, u, write
+
+NEAR = 64  # words of a block that all rows are multiplied by before the next ones
+FEW = 12  # rows that wait for memory whatever is done: they ask for what the next block reads
+SMALL = 4  # rows that multiply the codes of a 4-bit matrix
+HEIGHT = 6  # rows whose sums stay in registers together
+WIDTH = 4 * quads.LANES if quads.WIDE else 2 * quads.LANES  # outputs of them, as far as there are registers
+
+if numba is not None:
+    one = block_sums(1, OUTS, quads.SUMS, quads.add_quads)
+    two, three, four, six = (block_sums(rows, WIDTH, quads.SUMS, quads.add_quads) for rows in (2, 3, 4, HEIGHT))
+    one_of_codes, two_of_codes, four_of_codes = (group_sums(rows) for rows in (1, 2, 4))
+
+
+@kernel(8)
+def round_rows(start: Any, stop: Any, x: Any, levels: Any, codes: Any, scale: Any, eights: Any) -> None:
+    """codes (rows, planes, padded inputs) = x / scale, rounded; scale (rows,): the largest is `levels`.
+
+    One plane: 8-bit, 128 being nothing. Two: 16-bit, 32,768 being nothing, the high halves before the low ones. eights
+    (rows * planes, groups or none): -8 times the sum of each GROUP of codes.
+    """
+    inputs = x.shape[1]
+    planes = codes.shape[1]
+    row = np.empty(inputs, np.float32)
+    for t in range(start, stop):
+        most = np.uint32(0)  # as bits, in whose order numbers come before infinity, and that before what is no number
+        for j in range(inputs):
+            row[u(j)] = read(x, t, j)
+            most = max(most, as_bits(row[u(j)]) & np.uint32(0x7FFFFFFF))
+        top = as_float(most)
+        nothing = top < f(2.0**-100)
+        scale[t] = f(0) if nothing else top / levels
+        factor = f(0) if nothing else levels / top
+        if planes == 1:
+            for j in range(inputs):
+                codes[t, u(0), u(j)] = np.uint8(np.int32(np.rint(row[u(j)] * factor)) + np.int32(128))
+        else:
+            for j in range(inputs):
+                code = np.uint32(np.int32(np.rint(row[u(j)] * factor)) + np.int32(32768))
+                codes[t, u(0), u(j)] = np.uint8(code >> np.uint32(8))
+                codes[t, u(1), u(j)] = np.uint8(code)
+        for plane in range(planes):
+            for j in range(inputs, codes.shape[2]):
+                codes[t, plane, u(j)] = np.uint8(128)
+            for group in range(eights.shape[1]):
+                total = np.int32(0)
+                for j in range(GROUP):
+                    total += np.int32(codes[t, plane, u(group * GROUP + j)])
+                eights[t * planes + plane, group] = np.int32(-8) * total
+
+
+@piece
+def add_group(x, step, quad, eights, place, words, at, scales, group, sums):  # type: ignore[no-untyped-def]
+    """sums (rows, OUTS) int32 += x from a quad on times a group of a 4-bit matrix."""
+    rows = sums.shape[0]
+    row = 0
+    while row < rows:
+        left = rows - row
+        if left >= 4:
+            four_of_codes(x, step, quad, eights, place, words, at, scales, group, sums, row)
+            row += 4
+        elif left >= 2:
+            two_of_codes(x, step, quad, eights, place, words, at, scales, group, sums, row)
+            row += 2
+        else:
+            one_of_codes(x, step, quad, eights, place, words, at, scales, group, sums, row)
+            row += 1
+
+
+@piece
+def add_piece(x, step, quad, words, first, count, asked, ahead, sums):  # type: ignore[no-untyped-def]
+    """sums (rows, OUTS) int32 += x from a quad on times so many words of a block from `first` on; memory is asked for
+    the words of `asked` from `ahead` on."""
+    compile_once()
+    begin, end, first = quad, quad + count, first - quad * OUTS
+    rows = sums.shape[0]
+    row = 0
+    while row < rows:
+        left = rows - row
+        height = HEIGHT if left >= HEIGHT else min(left, 4)
+        if height == 1:
+            one(x, step, words, first, begin, end, asked, ahead, sums, row, 0)
+        else:
+            for column in range(0, OUTS, WIDTH):
+                if height == HEIGHT:
+                    six(x, step, words, first, begin, end, asked, ahead, sums, row, column)
+                elif height == 4:
+                    four(x, step, words, first, begin, end, asked, ahead, sums, row, column)
+                elif height == 3:
+                    three(x, step, words, first, begin, end, asked, ahead, sums, row, column)
+                else:
+                    two(x, step, words, first, begin, end, asked, ahead, sums, row, column)
+        row += height
+        ahead = min(ahead + count * LINE, len(asked) - NEAR * LINE)
+
+
+@kernel(1)
+def rows_times(
+    start: Any,
+    stop: Any,
+    x: Any,
+    x_scale: Any,
+    eights: Any,
+    words: Any,
+    groups: Any,
+    totals: Any,
+    scale: Any,
+    out: Any,
+) -> None:
+    """out (rows, outputs) = x_scale scale (x . integers).
+
+    x (rows * planes, quads), x_scale, eights: of `round_rows`; words: all blocks'; groups (blocks * groups, OUTS / 2)
+    uint8: pairs of a 4-bit matrix's scales, none of an 8-bit one; totals: each output's sum of integers. A task is one
+    block of outputs.
+    """
+    lines, step = x.shape
+    rows = out.shape[0]
+    x = x.reshape(-1)
+    sums = np.empty((lines, OUTS), np.int32)
+    tile = np.empty(NEAR * OUTS, np.uint32)
+    near = NEAR if len(groups) > 0 or lines > FEW else step
+    for task in range(start, stop):
+        for i in range(lines):
+            for j in range(OUTS):
+                sums[u(i), u(j)] = totals[u(task * OUTS + j)] * np.int32(-128)
+        for first in range(0, step, near):
+            count = min(near, step - first)
+            if len(groups) == 0:
+                at = (task * step + first) * OUTS
+                ahead = min(at + (count * OUTS if lines > FEW else 0), len(words) - NEAR * LINE)
+                add_piece(x, step, first, words, at, count, words, ahead, sums)
+                continue
+            for g in range(first // (2 * DEEP), (first + count) // (2 * DEEP)):
+                group = task * (step // (2 * DEEP)) + g
+                at = group * DEEP * OUTS
+                if lines <= SMALL:
+                    add_group(x, step, g * 2 * DEEP, eights, g, words, at, groups, group, sums)
+                else:
+                    expand_group(words, at, groups, group, tile, (g * 2 * DEEP - first) * OUTS)
+            if lines > SMALL:
+                ahead = min((task * step + first + count) // 2 * OUTS, len(words) - NEAR * LINE)
+                add_piece(x, step, first, tile, 0, count, words, ahead, sums)
+        for i in range(rows):
+            for j in range(min(OUTS, out.shape[1] - task * OUTS)):
+                if lines == rows:
+                    total = f(sums[u(i), u(j)])
+                else:
+                    high = np.int64(sums[u(2 * i), u(j)]) * 256
+                    total = f(high + np.int64(sums[u(2 * i + 1), u(j)]) + np.int64(totals[u(task * OUTS + j)]) * 128)
+                write(out, i, task * OUTS + j, total * x_scale[u(i)] * scale[u(task * OUTS + j)])
