@@ -31,3 +31,7 @@ class CapacityError(NemotronError):
 
 class DataError(NemotronError):
     """A document, a shard or a text file is missing, damaged or not what its header says."""
+
+
+class MissingExtraError(NemotronError):
+    """A package of an extra is not installed; the message says which extra has it."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nemotron_h.checkpoint.files import claimed, new_folder, remove, remove_leftovers, write_text
+from nemotron_h.checkpoint.files import claimed, new_file, new_folder, remove, remove_leftovers, write_text
 from nemotron_h.errors import CapacityError, CheckpointError
 from tests.full_disk import full_disk
 
@@ -109,3 +109,21 @@ def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:
         other.kill()
     with claimed(tmp_path):  # the lock ends with its process, however that ends
         pass
+
+
+def test_a_file_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
+    (tmp_path / ".b.partial").mkdir()  # what a killed writer of a folder left
+    with new_file(tmp_path / "b") as file:
+        file.write(b"x")
+        assert not (tmp_path / "b").exists()
+    assert (tmp_path / "b").read_bytes() == b"x"
+    with pytest.raises(CheckpointError, match="nothing is written over; name another file"), new_file(tmp_path / "b"):
+        pytest.fail("entered")
+    with pytest.raises(KeyboardInterrupt), new_file(tmp_path / "a" / "c") as file:
+        raise KeyboardInterrupt
+    with (
+        pytest.raises(CapacityError, match="c: needs 1,000,000,000,000,000 "),
+        new_file(tmp_path / "c", need_bytes=10**15),
+    ):
+        pytest.fail("entered")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b"]

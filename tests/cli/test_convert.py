@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from nemotron_h.checkpoint.load import load as load_model
 from nemotron_h.checkpoint.names import WEIGHTS_FILE
 from nemotron_h.checkpoint.save import save
+from nemotron_h.cli.convert import Target
+from nemotron_h.config.published import Dialect
 from tests.checkpoint.stub_hub import Model, connected
 
 Command = Callable[..., Any]
@@ -83,8 +86,16 @@ def test_quantised_weights_are_written_as_what_they_stand_for(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--to", "gguf"], "Invalid value for '--to': "),
+        (["--to", "onnx"], "Invalid value for '--to': "),
         ([], "Missing option '--to'"),
+        (["--to", "gguf", "--type", "q5_0"], "Invalid value for '--type': "),
+        (["--to", "gguf", "--precision", "float32"], "precision: must not be given with --to gguf; got 'float32'"),
+        (["--to", "published", "--type", "bf16"], "type: must be given with --to gguf alone; got --to published"),
+        (
+            ["--to", "transformers", "--no-tokenizer"],
+            "no-tokenizer: must be given with --to gguf alone",
+        ),
+        (["--to", "gguf"], "tokenizer.json: pre_tokenizer must cut text as "),
         (["--to", "published", "--precision", "int4"], "precision: must be one of bfloat16, float32; got 'int4'"),
     ],
 )
@@ -93,6 +104,26 @@ def test_what_cannot_be_honoured_is_one_line(
 ) -> None:
     assert command("convert", checkpoint, "--out", tmp_path / "out", *options).line.startswith(words)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_gguf_file(command: Command, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name says what it holds; notes say what it has not."""
+    monkeypatch.chdir(tmp_path)
+    done = command("convert", checkpoint, "--to", "gguf", "--no-tokenizer")
+    assert (done.out, done.err) == ("tiny-bf16.gguf\n", "")
+    done = command("convert", checkpoint, "--to", "gguf", "--type", "q4_0", "--no-tokenizer", "--out", "a/b.gguf")
+    assert done.out == "a/b.gguf\n"
+    [note] = done.err.splitlines()
+    assert note.startswith("note: blk.1.ffn_down.weight: stays in bfloat16, as 2 matrices do")
+    fields = gguf.GGUFReader(tmp_path / "a" / "b.gguf").fields
+    assert fields["general.file_type"].contents() == 2
+    assert fields["tokenizer.ggml.model"].contents() == "none"
+    line = command("convert", checkpoint, "--to", "gguf", "--no-tokenizer").line
+    assert line == "tiny-bf16.gguf: must not exist, nothing is written over; name another file"
+
+
+def test_every_dialect_can_be_asked_for() -> None:
+    assert [*Target] == [*Dialect, "gguf"]
 
 
 def test_nothing_is_written_over(command: Command, checkpoint: Path) -> None:

@@ -1,7 +1,7 @@
-"""Folders written whole or not at all.
+"""Folders and large files written whole or not at all.
 
-A folder is filled under a hidden name beside its own, flushed to disk, and renamed: a reader sees all of it or nothing,
-whenever the writer was killed. An existing folder is never written over.
+Either is filled under a hidden name beside its own, flushed to disk, and renamed: a reader sees all of it or nothing,
+whenever the writer was killed. What exists is never written over.
 """
 
 import fcntl
@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 
@@ -23,18 +24,13 @@ def new_folder(folder: Path, *, need_bytes: int = 0) -> Iterator[Path]:
     need_bytes: checked against the free disk before anything is written.
     Raises: CheckpointError where `folder` exists; CapacityError where the disk is too small or does not take it.
     """
-    if folder.exists():
-        raise CheckpointError(f"{folder}: must not exist, nothing is written over; name another folder")
+    refuse_existing(folder, "folder")
     partial = hidden(folder)
     try:
         with writing(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             remove(partial)
-            free = shutil.disk_usage(folder.parent).free
-            if need_bytes > free:
-                raise CapacityError(
-                    f"{folder}: needs {need_bytes:,} bytes of disk; {free:,} are free; free some or save elsewhere"
-                )
+            refuse_too_large(folder, need_bytes)
             partial.mkdir()
             yield partial
             for file in partial.iterdir():
@@ -44,6 +40,33 @@ def new_folder(folder: Path, *, need_bytes: int = 0) -> Iterator[Path]:
             flush_path(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def new_file(path: Path, *, need_bytes: int = 0) -> Iterator[BinaryIO]:
+    """The same for one file: open, under its hidden name, to be filled."""
+    refuse_existing(path, "file")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(hidden(path))
+        refuse_too_large(path, need_bytes)
+        with replacing(path) as file:
+            yield file
+
+
+def refuse_existing(path: Path, kind: str) -> None:
+    """kind: a folder or a file, as the message calls it."""
+    if path.exists():
+        raise CheckpointError(f"{path}: must not exist, nothing is written over; name another {kind}")
+
+
+def refuse_too_large(path: Path, need_bytes: int) -> None:
+    """More than the disk has free, in a folder that is there."""
+    free = shutil.disk_usage(path.parent).free
+    if need_bytes > free:
+        raise CapacityError(
+            f"{path}: needs {need_bytes:,} bytes of disk; {free:,} are free; free some or save elsewhere"
+        )
 
 
 @contextmanager

@@ -4,7 +4,8 @@ A weight that needs no conversion is never copied; the others are converted, or 
 """
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate
 from pathlib import Path
@@ -36,24 +37,52 @@ def load(
 
     Raises: CheckpointError naming the file or tensor; ConfigError or UnsupportedError naming the key of config.json.
     """
-    folder = checkpoint_folder(folder)
+    source = open_source(checkpoint_folder(folder))
+    model = Hybrid(source.config, dtype=dtype, compute_dtype=compute_dtype, device="meta")
+    for name in source.names:
+        put(model, name, source.read(name, stored_dtype(name, dtype)).to(device))
+    source.check_head(dtype)
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint folder whose names and sizes are those that its config.json describes."""
+
+    config: ModelConfig
+    weights: Weights
+    quantised: frozenset[str]  # formats that weights may be in
+    wanted: Mapping[str, Tensor]  # the model's parameters by name, on the meta device
+
+    @property
+    def names(self) -> list[str]:
+        """Of the model's parameters, in the order of the files."""
+        return [name for name in self.weights.names if name in self.wanted]
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """One parameter in dtype; mapped where it is stored so."""
+        return read(self.weights, name, self.wanted[name], dtype, self.quantised)
+
+    def check_head(self, dtype: torch.dtype) -> None:
+        """Refuse a head stored beside the embedding that it is tied to, where they differ in dtype."""
+        if not self.config.tied_embeddings or HEAD not in self.weights:
+            return
+        head = read(self.weights, HEAD, self.wanted[EMBEDDING], dtype, self.quantised)
+        if not torch.equal(head, self.read(EMBEDDING, dtype)):
+            raise CheckpointError(
+                f"{HEAD}: must equal the embedding, tied to it by config.json; it differs in {self.weights.folder}"
+            )
+
+
+def open_source(folder: Path) -> Source:
+    """What `load` reads, every header of it, before any weight. Raises: what `load` does."""
     config = read_config(folder / CONFIG_FILE)
     quantised = read_quantization(folder)
     weights = Weights(folder)
     check_size(config, weights)
-    model = Hybrid(config, dtype=dtype, compute_dtype=compute_dtype, device="meta")
-    wanted = dict(model.named_parameters())
+    wanted = dict(Hybrid(config, device="meta").named_parameters())
     check_names(wanted, weights, tied=config.tied_embeddings, quantised=quantised)
-    for name in weights.names:
-        if name in wanted:
-            put(model, name, read(weights, name, wanted[name], stored_dtype(name, dtype), quantised).to(device))
-    if config.tied_embeddings and HEAD in weights:  # a head beside the embedding that it is tied to
-        head = read(weights, HEAD, wanted[EMBEDDING], dtype, quantised)
-        if not torch.equal(head.to(device), model.head_weight):
-            raise CheckpointError(
-                f"{HEAD}: must equal the embedding, tied to it by config.json; it differs in {folder}"
-            )
-    return model.eval()
+    return Source(config, weights, quantised, wanted)
 
 
 def checkpoint_folder(path: str | Path) -> Path:
@@ -136,7 +165,7 @@ def check_names(wanted: Collection[str], weights: Weights, *, tied: bool, quanti
         warnings.warn(
             f"{weights.folder}: {len(passed_over)} tensors of {found} are passed over: "
             "activations and caches are not quantised here",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -83,6 +83,12 @@ class Tokenizer:
         return hashlib.sha256(self._source + b"\0" + (self._settings or b"")).hexdigest()[:16]
 
     @property
+    def plain(self) -> dict[str, Any]:
+        """tokenizer.json less its control tokens: what text is encoded with, for who writes it in another format."""
+        data: dict[str, Any] = json.loads(self._engine.to_str())
+        return data
+
+    @property
     def special_ids(self) -> frozenset[int]:
         """Control tokens that `decode` leaves out unless asked to show them."""
         return self._special
