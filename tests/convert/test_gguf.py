@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nemotron_h.checkpoint.load import open_source
 from nemotron_h.checkpoint.names import HEAD, WEIGHTS_FILE
 from nemotron_h.config.gguf import GgufType
 from nemotron_h.config.model import ModelConfig
@@ -287,6 +288,17 @@ def test_what_llama_cpp_cannot_run_is_refused(config: ModelConfig, words: str, t
     with pytest.raises(UnsupportedError, match=words):
         write_gguf(tmp_path / "m", tmp_path / "m.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_part_of_a_matrix_is_refused(folder: Path) -> None:
+    """As checkpoints have it that are quantised in a way which is not decoded here."""
+    source = open_source(folder)
+    name = "backbone.layers.1.mixer.up_proj.codes"
+    source = replace(source, wanted={**source.wanted, name: torch.empty(96, 64, dtype=torch.int8, device="meta")})
+    with pytest.raises(
+        UnsupportedError, match=f"^{name}: must be a plain weight for a GGUF file, .* before quantisation"
+    ):
+        convert.stored(gguf, name, source, GgufType.BF16)
 
 
 def test_without_the_package_the_extra_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ from nemotron_h.checkpoint.save import FLOATS
 from nemotron_h.config.gguf import ARCHITECTURE, GgufType, GgufValue, to_gguf
 from nemotron_h.config.model import MambaConfig, ModelConfig
 from nemotron_h.convert.gguf_vocabulary import FAMILY, no_vocabulary, vocabulary
-from nemotron_h.errors import MissingExtraError
+from nemotron_h.errors import MissingExtraError, UnsupportedError
 from nemotron_h.text.tokenizer import TOKENIZER_FILE, Tokenizer, check_fits
 
 NAMES = {EMBEDDING: "token_embd.weight", "backbone.norm_f.weight": "output_norm.weight", HEAD: "output.weight"}
@@ -87,7 +87,6 @@ def write_gguf(
     gguf = package()
     folder = checkpoint_folder(folder)
     source = open_source(folder)
-    source.check_head(torch.bfloat16)
     companions = read_companions(folder)
     tokenizer = Tokenizer.load(folder) if with_tokenizer and (folder / TOKENIZER_FILE).exists() else None
     keys = {
@@ -96,6 +95,7 @@ def write_gguf(
         **vocabulary_keys(source.config, companions, tokenizer),
     }
     tensors = [stored(gguf, name, source, matrices) for name in source.names]
+    source.check_head(torch.bfloat16)
     say_what_differs(tensors, matrices, companions, keys, folder if tokenizer is None and with_tokenizer else None)
     total = sum(tensor.size_bytes for tensor in tensors)
     with new_file(Path(path), need_bytes=total) as file:
@@ -123,12 +123,18 @@ def package() -> Any:
 
 
 def stored(gguf: Any, source_name: str, source: Source, matrices: GgufType) -> Stored:
-    """What becomes of a parameter."""
+    """What becomes of a parameter. Raises: UnsupportedError where it is a part of a matrix, and no plain weight."""
     shape = tuple(source.wanted[source_name].shape)
-    layer, name = None, NAMES.get(source_name, "")
+    layer, name = None, NAMES.get(source_name)
     if source_name.startswith(LAYER):
         number, _, rest = source_name.removeprefix(LAYER).partition(".")
-        layer, name = source.config.layers[int(number)], f"blk.{number}.{LAYER_NAMES[rest]}"
+        layer = source.config.layers[int(number)]
+        name = f"blk.{number}.{LAYER_NAMES[rest]}" if rest in LAYER_NAMES else None
+    if name is None:
+        raise UnsupportedError(
+            f"{source_name}: must be a plain weight for a GGUF file, FP8 or NVFP4; got a matrix in another format; "
+            "convert the checkpoint before quantisation"
+        )
     format = F32
     if len(shape) == 2:
         quantised = matrices != GgufType.BF16
