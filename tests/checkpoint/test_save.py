@@ -14,7 +14,7 @@ from safetensors import safe_open
 import nemotron_h
 from nemotron_h.checkpoint.load import load
 from nemotron_h.checkpoint.names import INDEX_FILE, WEIGHTS_FILE
-from nemotron_h.checkpoint.save import KEPT_FLOAT32, published_parameters, save, write_model
+from nemotron_h.checkpoint.save import KEPT, published_parameters, save, write_model
 from nemotron_h.config.model import ModelConfig
 from nemotron_h.config.published import read_config
 from nemotron_h.errors import CheckpointError
@@ -54,7 +54,7 @@ def test_the_scan_parameters_stay_float32(build: Build, tmp_path: Path) -> None:
     with safe_open(tmp_path / "m" / WEIGHTS_FILE, framework="pt") as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     for name, parameter in model.named_parameters():
-        kept = name.rpartition(".")[2] in KEPT_FLOAT32
+        kept = name.rpartition(".")[2] in KEPT
         assert stored[name].dtype == (torch.float32 if kept else torch.bfloat16), name
         assert torch.equal(stored[name], parameter.to(stored[name].dtype)), name
 

@@ -7,10 +7,13 @@ import torch
 from nemotron_h.checkpoint.save import save
 from nemotron_h.config.model import AttentionConfig, MambaConfig, MlpConfig, ModelConfig
 from nemotron_h.config.tokenizer import TokenizerConfig
+from nemotron_h.inference.load import PRECISIONS
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.model.init import initialise
+from nemotron_h.precision.weights import BITS
 from nemotron_h.text.bpe import train
 from nemotron_h.text.tokenizer import Tokenizer
+from tests.model.shapes import in_integers
 
 PROSE = "Grüße aus Köln: 你好, 世界! Привет, мир. 🙂👩‍👧 the hybrid writes what it has read\n"
 CONFIG = ModelConfig.from_pattern(
@@ -38,11 +41,14 @@ def tokenizer() -> Tokenizer:
 def build() -> Callable[..., Hybrid]:
     """A model whose logits differ enough that the next token is not a coin's toss."""
 
-    def model_of(*, compute_dtype: torch.dtype = torch.float32, seed: int = 0) -> Hybrid:
+    def model_of(*, precision: str = "float32", seed: int = 0) -> Hybrid:
+        compute_dtype = PRECISIONS.get(precision, torch.bfloat16)
         model = Hybrid(CONFIG, dtype=torch.float32, compute_dtype=compute_dtype)
         initialise(model, seed)
         with torch.no_grad():
             model.head_weight.mul_(8)
+        if precision in BITS:
+            in_integers(model, precision)
         return model.eval()
 
     return model_of

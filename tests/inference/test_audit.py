@@ -154,7 +154,7 @@ def test_after_a_failed_audit_nothing_is_left_in_the_folder(
 
 
 def test_without_a_bug_nothing_is_found(build: Build) -> None:
-    engine = Engine(build(compute_dtype=torch.bfloat16), config=AUDITED)
+    engine = Engine(build(precision="bfloat16"), config=AUDITED)
     answers = []
     for length in (600, 600, 590, 300, 599):
         answers += engine.add(Request(ids=[*PROMPT[:length], length % 352], max_tokens=4, logprobs=1))

@@ -28,7 +28,7 @@ from nemotron_h.text.tokenizer import Tokenizer
 from tests.inference.serving import alone, budget, check_alone, check_conserved
 
 Build = Callable[..., Hybrid]
-DTYPES = [torch.float32, torch.bfloat16]
+PRECISIONS = ["float32", "bfloat16", "int8", "int4"]
 SMALL = EngineConfig(max_running=4, memory_bytes=4_000_000, portion_tokens=96, poisoned=True)
 
 
@@ -43,9 +43,9 @@ def answered(engine: Engine, *requests: Request) -> list[Answer]:
     return answers
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_many_at_once_are_each_alone(build: Build, dtype: torch.dtype) -> None:
-    model = build(compute_dtype=dtype)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_many_at_once_are_each_alone(build: Build, precision: str) -> None:
+    model = build(precision=precision)
     engine = Engine(model, config=SMALL)
     requests = [
         Request(
@@ -62,9 +62,9 @@ def test_many_at_once_are_each_alone(build: Build, dtype: torch.dtype) -> None:
     assert all(answer.finish is Finish.LENGTH for answer in answers)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_an_identical_prompt_reads_nothing(build: Build, dtype: torch.dtype) -> None:
-    model = build(compute_dtype=dtype)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_an_identical_prompt_reads_nothing(build: Build, precision: str) -> None:
+    model = build(precision=precision)
     engine = Engine(model, config=SMALL)
     request = Request(ids=ids(150), max_tokens=1, logprobs=3)
     first, again = (answered(engine, request)[0] for _ in range(2))
@@ -113,7 +113,7 @@ def test_a_boundary_that_the_caller_names_is_reused_the_first_time(build: Build)
 
 
 def test_identical_requests_at_once_read_their_prompt_once(build: Build) -> None:
-    model = build(compute_dtype=torch.bfloat16)
+    model = build(precision="bfloat16")
     engine = Engine(model, config=replace(SMALL, max_running=8))
     answers = answered(engine, *[Request(ids=ids(140), max_tokens=12)] * 8)
     assert len({tuple(answer.ids) for answer in answers}) == 1
@@ -140,9 +140,9 @@ def test_completions_of_one_request_differ_by_their_seed_alone(build: Build) -> 
     assert alike.ids == answers[2].ids
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_neighbours_change_nothing_in_batches_of_1_to_17(build: Build, dtype: torch.dtype) -> None:
-    model = build(compute_dtype=dtype)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_neighbours_change_nothing_in_batches_of_1_to_17(build: Build, precision: str) -> None:
+    model = build(precision=precision)
     request = Request(ids=ids(70), max_tokens=6, logprobs=1)
     for size in range(1, 18):
         engine = Engine(model, config=EngineConfig(max_running=17, memory_bytes=6_000_000, portion_tokens=300))

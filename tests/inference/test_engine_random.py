@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +36,7 @@ from nemotron_h.errors import CapacityError
 from nemotron_h.grid import BLOCK, ROWS
 from nemotron_h.inference import engine as engine_module
 from nemotron_h.inference.engine import Engine
+from nemotron_h.inference.load import PRECISIONS
 from nemotron_h.inference.prefix import common
 from nemotron_h.inference.request import PRIVATE, Answer, Finish, Request
 from nemotron_h.inference.sampling import Logprobs
@@ -44,6 +46,7 @@ from nemotron_h.model.check import Arithmetic
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.model.state import MambaState, State
 from nemotron_h.ops.segments import Segments
+from nemotron_h.precision.weights import BITS
 from tests.inference.serving import (
     Alone,
     budget,
@@ -232,7 +235,7 @@ class Life(RuleBasedStateMachine):
     @rule()
     def the_weights_are_written_again(self) -> None:
         with torch.no_grad():
-            self.model.head_weight.mul_(1)
+            next(self.model.parameters()).mul_(1)
 
     @precondition(lambda self: self.age > LONG)
     @rule(kindly=st.sampled_from([True, True, False]))
@@ -484,9 +487,9 @@ def with_bits_of_its_cuts(model: Hybrid) -> Hybrid:
     return model
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_answers_of_any_life_are_those_of_a_plain_loop(build: Build, dtype: torch.dtype) -> None:
-    live(Life, build(compute_dtype=dtype), lives=12)
+@pytest.mark.parametrize(("precision", "lives"), [("float32", 12), ("bfloat16", 12), ("int8", 4), ("int4", 8)])
+def test_the_answers_of_any_life_are_those_of_a_plain_loop(build: Build, precision: str, lives: int) -> None:
+    live(Life, build(precision=precision), lives=lives)
 
 
 @pytest.mark.parametrize("name", ["t-8b", "ssm", "tied"])
@@ -513,16 +516,20 @@ def test_bits_that_depend_on_cuts_show(build: Build) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_ten_thousand_events(build: Build, dtype: torch.dtype) -> None:
-    assert live(Life, build(compute_dtype=dtype), lives=220, events=60) > 10_000
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8", "int4"])
+def test_ten_thousand_events(build: Build, precision: str) -> None:
+    assert live(Life, build(precision=precision), lives=220, events=60) > 10_000
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("name", ["t-8b", "ssm", "tied"])
-def test_thousands_of_events_of_other_shapes(name: str, dtype: torch.dtype) -> None:
-    assert live(Life, shapes.model(name, dtype), lives=60, events=60) > 3_000
+def test_thousands_of_events_of_other_shapes(name: str, precision: str) -> None:
+    if precision in BITS:
+        model = shapes.in_integers(deepcopy(shapes.model(name)), precision)
+    else:
+        model = shapes.model(name, PRECISIONS[precision])
+    assert live(Life, model, lives=60, events=60) > 3_000
 
 
 @pytest.mark.slow

@@ -135,8 +135,9 @@ def test_refusals(build: Build, folder: Path, tmp_path: Path, tokenizer: Tokeniz
         language.generate("x", temperature=-1.0)
     with pytest.raises(RequestError, match="stop: must not hold an empty string"):
         language.generate("x", stop="")
-    with pytest.raises(RequestError, match=r"precision: must be one of auto, bfloat16, float32; got 'int4'"):
-        load(folder, precision="int4")
+    said = r"precision: must be one of auto, bfloat16, float32, int8, int4; got 'int3'"
+    with pytest.raises(RequestError, match=said):
+        load(folder, precision="int3")
     save(build(), tmp_path / "ids")
     with pytest.raises(RequestError, match=r"prompt: needs a tokenizer.json in the checkpoint folder"):
         load(tmp_path / "ids").generate("x")
@@ -211,6 +212,9 @@ def test_what_cannot_fit_is_refused_with_both_numbers(folder: Path, monkeypatch:
     with pytest.raises(CapacityError, match=f"^{re.escape(said)}precision=bfloat16 would fit$"):
         load(folder, precision="float32")
     monkeypatch.setattr(room.machine, "memory", lambda: Memory(10**12, 10**7, narrow - 1))
+    with pytest.raises(CapacityError, match=r"are free; precision=int8 would fit$"):
+        load(folder, precision="bfloat16")
+    monkeypatch.setattr(room.machine, "memory", lambda: Memory(10**12, 10**7, 10**4))
     with pytest.raises(CapacityError, match=r"are free; no precision would fit; take a smaller model$"):
         load(folder, precision="bfloat16")
 

@@ -20,10 +20,10 @@ def prompt_of(length: int) -> list[int]:
     return torch.randint(0, 352, (length,), generator=torch.Generator().manual_seed(length)).tolist()
 
 
-@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int4"])
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 131, 259])
-def test_with_a_state_as_recomputed(build: Build, length: int, compute_dtype: torch.dtype) -> None:
-    model, prompt = build(compute_dtype=compute_dtype), prompt_of(length)
+def test_with_a_state_as_recomputed(build: Build, length: int, precision: str) -> None:
+    model, prompt = build(precision=precision), prompt_of(length)
     wanted = naive.recomputed(model, prompt, max_tokens=6, sampling=GREEDY)
     assert list(naive.tokens(model, prompt, max_tokens=6, sampling=GREEDY)) == wanted
     assert len(set(wanted)) > 1  # a model that repeats itself would prove little

@@ -20,7 +20,7 @@ from nemotron_h.model import fingerprint
 from nemotron_h.model.check import Arithmetic
 from nemotron_h.model.hybrid import Hybrid
 from tests.inference.serving import check_alone, check_conserved
-from tests.inference.test_engine import DTYPES, SMALL, answered, ids
+from tests.inference.test_engine import PRECISIONS, SMALL, answered, ids
 
 Build = Callable[..., Hybrid]
 REQUEST = Request(ids=ids(300), max_tokens=6, sampling=Sampling(temperature=1.0, seed=3), logprobs=1, boundaries=[200])
@@ -34,12 +34,10 @@ def saved(model: Hybrid, path: Path, **extra: Any) -> Answer:
     return answer
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_restored_session_is_reused_by_whoever_begins_like_it(
-    build: Build, tmp_path: Path, dtype: torch.dtype
-) -> None:
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_restored_session_is_reused_by_whoever_begins_like_it(build: Build, tmp_path: Path, precision: str) -> None:
     """The same prompt, a longer, a shorter, an edited one, and the answer again."""
-    model = build(compute_dtype=dtype)
+    model = build(precision=precision)
     first = saved(model, tmp_path / "one")
     engine = Engine(model, config=SMALL)
     session = engine.restore(tmp_path / "one")
@@ -174,7 +172,7 @@ def test_a_session_of_another_model_precision_or_tokenizer_is_refused(build: Bui
     with pytest.raises(DataError, match=r"one: must be of the model that restores it; weights is \w+ there, \w+ here$"):
         Engine(build(seed=1), config=SMALL).restore(path, inexact=True)
     with pytest.raises(DataError, match="precision is float32 there, bfloat16 here"):
-        Engine(build(compute_dtype=torch.bfloat16), config=SMALL).restore(path, inexact=True)
+        Engine(build(precision="bfloat16"), config=SMALL).restore(path, inexact=True)
 
 
 def test_weights_that_were_changed_in_place_are_other_weights(build: Build, tmp_path: Path) -> None:

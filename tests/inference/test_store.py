@@ -37,9 +37,9 @@ def reused(answer: Answer) -> int:
     return answer.reuse.reused
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_was_read_before_the_process_began_is_reused(build: Build, tmp_path: Path, dtype: torch.dtype) -> None:
-    model = build(compute_dtype=dtype)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int4"])
+def test_what_was_read_before_the_process_began_is_reused(build: Build, tmp_path: Path, precision: str) -> None:
+    model = build(precision=precision)
     with Engine(model, config=config(tmp_path, memory_bytes=2_000_000)) as engine:
         (first,) = answered(engine, REQUEST)
     with Engine(model, config=config(tmp_path)) as engine:

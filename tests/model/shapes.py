@@ -6,8 +6,10 @@ from functools import cache
 import torch
 
 from nemotron_h.config.model import AttentionConfig, MambaConfig, MlpConfig, ModelConfig
+from nemotron_h.inference.quantize import quantize
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.model.init import initialise
+from nemotron_h.model.linear import QuantizedLinear
 
 VOCAB = 97
 
@@ -61,6 +63,22 @@ def model(name: str, dtype: torch.dtype = torch.float32) -> Hybrid:
             if parameter_name.endswith(("proj.weight", "lm_head.weight")):
                 parameter.mul_(3)
     return built
+
+
+def whole_blocks(*, tied: bool) -> ModelConfig:
+    """Every matrix of a multiple of 64 outputs and inputs."""
+    config = scaled("M*-", 64, mamba(64, 2, 16), attention(4, 2, 32), 128)
+    return replace(config, vocab_size=128, tied_embeddings=tied)
+
+
+def in_integers(model: Hybrid, precision: str) -> Hybrid:
+    """The same model, its matrices in int8 or int4; every second meets rows in 16 bits."""
+    generator = torch.Generator().manual_seed(0)
+    quantize(model, precision, torch.randint(model.config.vocab_size, (1, 64), generator=generator))
+    for place, (name, linear) in enumerate(model.matrices.items()):
+        assert isinstance(linear, QuantizedLinear)
+        model.put(name, QuantizedLinear.of(linear.matrix, 8 if place % 2 else 16))
+    return model
 
 
 def random_tokens(*shape: int, seed: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,13 @@ from nemotron_h.config.published import read_config
 from nemotron_h.config.quantization import read_quantization
 from nemotron_h.errors import CheckpointError
 from nemotron_h.model.hybrid import Hybrid
+from nemotron_h.model.linear import ROW_BITS, QuantizedLinear
+from nemotron_h.ops.quantized import LEVELS, Matrix
 from nemotron_h.precision.modelopt import OF_ACTIVATIONS, OF_CACHE, PARTS, SCALE, SCALE_2, WEIGHT, decode, format_of
+from nemotron_h.precision.weights import BITS, HEAD_BITS
+from nemotron_h.precision.weights import HEAD as HEAD_MODULE
+
+OF_INTEGERS = {*Matrix.shapes(4, (1, 1)), ROW_BITS}  # the last parts of the names of a matrix in integers
 
 
 def load(
@@ -38,7 +45,7 @@ def load(
     Raises: CheckpointError naming the file or tensor; ConfigError or UnsupportedError naming the key of config.json.
     """
     source = open_source(checkpoint_folder(folder))
-    model = Hybrid(source.config, dtype=dtype, compute_dtype=compute_dtype, device="meta")
+    model = skeleton(source.config, source.quantised, dtype=dtype, compute_dtype=compute_dtype)
     for name in source.names:
         put(model, name, source.read(name, stored_dtype(name, dtype)).to(device))
     source.check_head(dtype)
@@ -80,9 +87,20 @@ def open_source(folder: Path) -> Source:
     quantised = read_quantization(folder)
     weights = Weights(folder)
     check_size(config, weights)
-    wanted = dict(Hybrid(config, device="meta").named_parameters())
+    wanted = dict(skeleton(config, quantised).named_parameters())
     check_names(wanted, weights, tied=config.tied_embeddings, quantised=quantised)
     return Source(config, weights, quantised, wanted)
+
+
+def skeleton(config: ModelConfig, quantised: Collection[str], **options: Any) -> Hybrid:
+    """The model on the meta device, its matrices in integers where they are stored so."""
+    model = Hybrid(config, device="meta", **options)
+    for precision in BITS.keys() & set(quantised):
+        shapes = {name: one.shape for name, one in model.matrices.items()}
+        for name, shape in (shapes | {HEAD_MODULE: (config.vocab_size, config.hidden_size)}).items():
+            bits = HEAD_BITS if name == HEAD_MODULE else BITS[precision]
+            model.put(name, QuantizedLinear.empty(bits, shape, "meta"))
+    return model
 
 
 def checkpoint_folder(path: str | Path) -> Path:
@@ -104,12 +122,14 @@ def widest_dtype(folder: Path) -> torch.dtype:
 def put(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Replace a parameter by its dotted name."""
     owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
 
 
 def read(weights: Weights, name: str, expected: Tensor, dtype: torch.dtype, quantised: Collection[str] = ()) -> Tensor:
     """One weight in dtype, of the expected shape; decoded where it is stored in one of the quantised formats."""
     tensor = weights.tensor(name)
+    if name.rpartition(".")[2] in OF_INTEGERS:
+        return check_integers(name, tensor, expected, weights.folder)
     stem = name.removesuffix(WEIGHT)
     scales = [part for part in (SCALE, SCALE_2) if stem + part in weights]
     if format_of(tensor) not in quantised:
@@ -167,6 +187,20 @@ def check_names(wanted: Collection[str], weights: Weights, *, tied: bool, quanti
             "activations and caches are not quantised here",
             stacklevel=4,
         )
+
+
+def check_integers(name: str, tensor: Tensor, expected: Tensor, folder: Path) -> Tensor:
+    """One of the tensors of a matrix in integers, as it has to be."""
+    if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
+        raise CheckpointError(
+            f"{name}: must be {expected.dtype} of shape {tuple(expected.shape)} by config.json; got {tensor.dtype} of "
+            f"shape {tuple(tensor.shape)} in {folder}"
+        )
+    if name.endswith(f".{ROW_BITS}") and int(tensor) not in LEVELS:
+        raise CheckpointError(f"{name}: must be {' or '.join(map(str, LEVELS))}; got {int(tensor)} in {folder}")
+    if tensor.is_floating_point() and not (tensor.isfinite().all() and (tensor >= 0).all()):
+        raise CheckpointError(f"{name}: must be finite and not negative; it holds other numbers in {folder}")
+    return tensor
 
 
 def check_tensor(name: str, tensor: Tensor, expected: Tensor, folder: Path) -> None:

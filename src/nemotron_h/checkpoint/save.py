@@ -16,13 +16,15 @@ from nemotron_h.checkpoint.files import new_folder
 from nemotron_h.checkpoint.names import HEAD, INDEX_FILE, WEIGHTS_FILE, stored_name
 from nemotron_h.config.keys import CONFIG_FILE
 from nemotron_h.config.published import Dialect, write_config
+from nemotron_h.config.quantization import own_quantization
 from nemotron_h.errors import CheckpointError
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.text.tokenizer import Tokenizer, check_fits
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 FLOAT_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
-KEPT_FLOAT32 = ("A_log", "D", "dt_bias")
+KEPT = dict.fromkeys(("A_log", "D", "dt_bias", "scale"), torch.float32)  # by the last part of a parameter's name
+KEPT |= dict.fromkeys(("words", "totals", "row_bits"), torch.int32) | {"groups": torch.uint8}
 SHARD_BYTES = 5 * 10**9
 NO_COMPANIONS = Companions()
 
@@ -70,10 +72,18 @@ def write_model(
 ) -> None:
     """The same into a folder that is there: for those who add files of their own before it is renamed."""
     parameters = published_parameters(model)
-    if model.config.tied_embeddings:
+    if model.config.tied_embeddings and HEAD in parameters:
         parameters[HEAD] = parameters[HEAD].clone()  # safetensors refuses memory with two names
     files = shards({stored_name(name, dialect): p for name, p in parameters.items()}, dtype, shard_bytes)
-    write_config(model.config, folder / CONFIG_FILE, dtype=str(dtype).removeprefix("torch."), dialect=dialect)
+    if model.quantized and dialect != Dialect.PUBLISHED:
+        raise CheckpointError(f"dialect: must be {Dialect.PUBLISHED} for a quantised model; got {dialect}")
+    write_config(
+        model.config,
+        folder / CONFIG_FILE,
+        dtype=str(dtype).removeprefix("torch."),
+        dialect=dialect,
+        quantization=own_quantization(model.precision) if model.quantized else None,
+    )
     if tokenizer is not None:
         check_fits(tokenizer, model.config.vocab_size)
         tokenizer.save(folder)
@@ -98,7 +108,7 @@ def size_bytes(model: Hybrid, dtype: torch.dtype) -> int:
 def published_parameters(model: Hybrid) -> dict[str, Tensor]:
     """By published name. A tied head is one of them: transformers does not tie it by itself."""
     parameters: dict[str, Tensor] = dict(model.named_parameters())
-    return parameters | {HEAD: model.head_weight}
+    return parameters if model.quantized else parameters | {HEAD: model.head_weight}
 
 
 def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
@@ -108,7 +118,7 @@ def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """
     if dtype not in FLOATS:
         raise CheckpointError(f"dtype: must be one of {FLOAT_NAMES}; got {dtype}")
-    return torch.float32 if name.rpartition(".")[2] in KEPT_FLOAT32 else dtype
+    return KEPT.get(name.rpartition(".")[2], dtype)
 
 
 def shards(parameters: Mapping[str, Tensor], dtype: torch.dtype, limit: int) -> list[dict[str, Tensor]]:

@@ -33,7 +33,7 @@ def verify(
     found = find(model)
     model.row_multiple = found.multiple  # as an engine would find it
     dtype = str(model.compute_dtype).removeprefix("torch.")
-    made = f"{dtype} on {model.head_weight.device}, rows in multiples of {model.row_multiple}"
+    made = f"{dtype} on {model.device}, rows in multiples of {model.row_multiple}"
     if not as_json:
         print(f"{path} in {made}")
     findings = []

@@ -135,13 +135,13 @@ def scaled_tensor(rows: int, columns: int) -> int:
 
 
 def scaled_rows(rows: int, columns: int) -> int:
-    """A byte a weight and a float32 scale for each row."""
-    return rows * (columns + 4)
+    """A byte a weight; for each row a scale and the sum of its integers, of four bytes each."""
+    return rows * (columns + 8)
 
 
 def two_levels(rows: int, columns: int) -> int:
-    """Four bits a weight, four for the integer scale of each group of 32, and a float32 scale for each row."""
-    return rows * (_bytes(columns, 4) + _bytes(-(-columns // 32), 4) + 4)
+    """Four bits a weight, four for the integer scale of each group of 16; for each row as in `scaled_rows`."""
+    return rows * (_bytes(columns, 4) + _bytes(-(-columns // 16), 4) + 8)
 
 
 WEIGHT_FORMATS = {
@@ -160,11 +160,12 @@ def weight_bytes(config: ModelConfig, weights: str) -> dict[str, int]:
 
     float32, bfloat16   everything; what a model loaded in that precision holds
     fp8                 the layers' matrices, E4M3 with a scale each; the rest bfloat16
-    int8                the layers' matrices and the head, a scale for each row; the rest bfloat16
+    int8                the layers' matrices and the head, scales by row; the rest bfloat16
     int4                the layers' matrices in two levels; the head int8; the rest bfloat16
     nvfp4               everything in 4.5 bits, as the papers count
 
-    A_log, D and dt_bias are float32 but in nvfp4. A head tied to the embedding is stored once, as the embedding.
+    A_log, D and dt_bias are float32 but in nvfp4. A head tied to the embedding is stored once, as the embedding, but
+    for int8 and int4, where it is in integers and the embedding is not.
     """
     if weights not in WEIGHT_FORMATS:
         raise ConfigError(f"weights: must be a known format; got {weights!r}; {nearest(weights, list(WEIGHT_FORMATS))}")
@@ -176,7 +177,7 @@ def weight_bytes(config: ModelConfig, weights: str) -> dict[str, int]:
     )
     return {
         "matrices": sum(stored.matrix(*shape) for shape in shapes),
-        "head": 0 if config.tied_embeddings else stored.head(*table),
+        "head": 0 if config.tied_embeddings and weights not in ("int8", "int4") else stored.head(*table),
         "embedding": _bytes(table[0] * table[1], stored.other_bits),
         "vectors": _bytes(others + config.hidden_size, stored.other_bits) + _bytes(recurrences, stored.recurrence_bits),
     }

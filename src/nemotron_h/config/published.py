@@ -317,8 +317,15 @@ def only(config: ModelConfig, kind: type[T]) -> T | None:
 
 
 def write_config(
-    config: ModelConfig, path: Path, *, dtype: str = "bfloat16", dialect: Dialect = Dialect.PUBLISHED
+    config: ModelConfig,
+    path: Path,
+    *,
+    dtype: str = "bfloat16",
+    dialect: Dialect = Dialect.PUBLISHED,
+    quantization: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write config.json. dtype: of the weights beside it, for other programs."""
+    """Write config.json. dtype: of the weights beside it, for other programs; quantization: its quantization_config."""
     values = to_published(config, dtype=dtype, dialect=dialect)
+    if quantization is not None:
+        values["quantization_config"] = dict(quantization)
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,5 +1,6 @@
 """The public way in: `load(path)` gives all that a checkpoint folder holds, with `generate` and `save`."""
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,12 +21,15 @@ from nemotron_h.config.engine import EngineConfig
 from nemotron_h.config.keys import CONFIG_FILE
 from nemotron_h.config.model import ModelConfig
 from nemotron_h.config.published import Dialect, read_config
+from nemotron_h.config.quantization import read_quantization
 from nemotron_h.config.sampling import Sampling
 from nemotron_h.errors import CapacityError, RequestError
 from nemotron_h.inference.engine import Engine
 from nemotron_h.inference.partings import partings
+from nemotron_h.inference.quantize import quantize, windows
 from nemotron_h.inference.request import Request, Update
 from nemotron_h.model.hybrid import Hybrid
+from nemotron_h.precision.weights import BITS
 from nemotron_h.text.tokenizer import TOKENIZER_FILE, Tokenizer, check_fits
 
 if TYPE_CHECKING:
@@ -33,7 +37,10 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 DEFAULT = EngineConfig()
-PRECISIONS = machine.CANDIDATES
+LOADED_WINDOWS = 2  # of text, for what is decided of a matrix as it is rounded
+LOG = logging.getLogger("nemotron_h")
+PRECISIONS = machine.CANDIDATES  # of plain weights
+PRECISION_NAMES = (AUTO, *PRECISIONS, *BITS)
 
 
 @dataclass(frozen=True)
@@ -201,17 +208,28 @@ def load(
     """What a checkpoint holds, ready to read and generate; its matrices are packed, and not trained any more.
 
     path: a folder, or as a string `org/name[@revision]` of the Hub: from the cache, else downloaded.
-    precision: of weights and products, one of PRECISIONS, or auto: what this machine multiplies fast, measured.
+    precision: of weights and products, one of PRECISION_NAMES. auto: that of a folder which holds int8 or int4, else
+    what this machine multiplies fast, measured. A plain folder is rounded to int8 or int4 as it is read, which takes
+    some time: `nemotron-h quantize` does it once.
     engine_config: how it is served, memory above all.
     Raises: CheckpointError, ConfigError or UnsupportedError in one line; CapacityError where memory is too small.
     """
     check_precision(precision)
     device = usable(device)
     folder = located(path)
-    chosen = chosen_precision(precision, device)
+    stored = stored_precision(folder)
+    if stored is not None and precision not in (AUTO, stored):
+        raise RequestError(
+            f"precision: must be {AUTO} or {stored}, in which the weights of {folder} are; got {precision!r}; "
+            "load the checkpoint that it was made from"
+        )
+    chosen = stored or (precision if precision in BITS else chosen_precision(precision, device))
     check_memory(folder, chosen, device)
-    language = read(folder, dtype=PRECISIONS[chosen], device=device)
+    language = read(folder, dtype=PRECISIONS.get(chosen, torch.bfloat16), device=device)
     language.model.requires_grad_(False)
+    if chosen in BITS and stored is None:
+        LOG.info("rounding the weights to %s; `nemotron-h quantize` does it once for all", chosen)
+        quantize(language.model, chosen, windows(language.tokenizer, language.model, LOADED_WINDOWS))
     language.model.pack()
     return replace(language, engine_config=engine_config)
 
@@ -235,8 +253,13 @@ def located(path: str | Path) -> Path:
 
 def check_precision(precision: str) -> None:
     """Refuse one that is not known."""
-    if precision not in (AUTO, *PRECISIONS):
-        raise RequestError(f"precision: must be one of {AUTO}, {', '.join(PRECISIONS)}; got {precision!r}")
+    if precision not in PRECISION_NAMES:
+        raise RequestError(f"precision: must be one of {', '.join(PRECISION_NAMES)}; got {precision!r}")
+
+
+def stored_precision(folder: Path) -> str | None:
+    """int8 or int4 where a folder's matrices are stored so."""
+    return next(iter(BITS.keys() & read_quantization(folder)), None)
 
 
 def usable(device: torch.device | str) -> torch.device:
@@ -275,7 +298,7 @@ def check_memory(folder: Path, precision: str, device: torch.device) -> None:
     """Refuse what cannot fit before it is read. Raises: CapacityError with both numbers."""
     config = read_config(folder / CONFIG_FILE)
     check_size(config, Weights(folder))  # of what the files cannot hold, no memory is needed
-    needed = {name: needed_bytes(config, name) for name in PRECISIONS}
+    needed = {name: needed_bytes(config, name) for name in (*PRECISIONS, *BITS)}
     if device.type == "cuda":
         available, limit = torch.cuda.mem_get_info(device)
     else:
@@ -295,4 +318,5 @@ def needed_bytes(config: ModelConfig, precision: str) -> int:
     """To load: all weights, and the largest of them a second time while it is laid out."""
     shapes = [shape for layer in config.layers for shape in matrices(layer, config.hidden_size)]
     largest = max(rows * columns for rows, columns in (*shapes, (config.vocab_size, config.hidden_size)))
-    return sum(weight_bytes(config, precision).values()) + largest * PRECISIONS[precision].itemsize
+    wide = PRECISIONS.get(precision, torch.float32).itemsize
+    return sum(weight_bytes(config, precision).values()) + largest * wide

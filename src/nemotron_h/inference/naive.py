@@ -54,7 +54,7 @@ def draws(
 @torch.no_grad()
 def next_logits(model: Hybrid, unread: Sequence[int], state: State) -> torch.Tensor:
     """Logits (vocab,) after reading more tokens, in portions."""
-    ids = torch.tensor(unread, dtype=torch.int64, device=model.head_weight.device)
+    ids = torch.tensor(unread, dtype=torch.int64, device=model.device)
     for portion in ids.split(PORTION):
         segments = state.segments([len(portion)], model.row_multiple)
         # so many times the last row, since the product of one alone has other bits
@@ -77,7 +77,7 @@ def recomputed(
     check(model, prompt, max_tokens, drawn_from)
     sampler = Sampler(sampling, prompt=prompt, drawn_from=drawable(drawn_from, model.config.vocab_size))
     ids, ends = list(prompt), frozenset(ends)
-    device = model.head_weight.device
+    device = model.device
     for _ in range(max_tokens):
         token = sampler.draw(model(torch.tensor([ids], device=device))[0, -1])
         if token in ends:

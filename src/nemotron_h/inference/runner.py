@@ -38,7 +38,7 @@ def _call(model: Hybrid, state: State, rows: range, sequences: Sequence_[Sequenc
             last.append(segments.last_rows[index])
     # filled up with copies of a row: the bits of a product need a multiple of rows
     last += [0] * (round_up(max(1, len(last)), model.row_multiple) - len(last))
-    device = model.head_weight.device
+    device = model.device
     hidden = model.hidden(torch.tensor(tokens, device=device), segments, part, torch.tensor(last, device=device))
     if wanted:
         for sequence, logits in zip(wanted, model.logits(hidden), strict=False):

@@ -44,7 +44,7 @@ BATCH = ((CHUNK, CHUNK - 3, 1), (1, 1, 1), (2, 9, 3), (1, 1, 1))
 FARTHEST = {MlpConfig: MOST_ROWS + 1, MambaConfig: CHUNK + ROWS + 1, AttentionConfig: LENGTH}
 SCAN_LIMIT = 1e-4  # of the largest output: float32 sums over a chunk, and decays whose exponents are rounded
 
-MULTIPLES = (ROWS, 2 * ROWS, 4 * ROWS)  # of rows, the cheapest first
+MULTIPLES = (1, ROWS, 2 * ROWS, 4 * ROWS)  # of rows, the cheapest first; 1 with all matrices in integers
 FEW = (1, 12, 20, 36)  # rows that are tried, rounded up: our kernel's ways to multiply a few, and the library's own
 MANY_ROWS = 512  # of the product that others are compared with
 START_UP_WORK = 2**32  # multiplications of that product when a model starts: large matrices meet fewer rows
@@ -103,7 +103,7 @@ def start_up(model: Hybrid, cache: Path | None) -> Arithmetic:
     """
     if cache is None:
         return find(model)
-    facts = [fingerprint.basis(model), fingerprint.shape(model.config), str(model.head_weight.dtype)]
+    facts = [fingerprint.basis(model), fingerprint.shape(model.config), str(model.backbone.embeddings.weight.dtype)]
     key = fingerprint.digest_of(facts)
     arithmetic = remembered(cache).get(key)
     if arithmetic is None:
@@ -139,7 +139,7 @@ def find(model: Hybrid, seed: int = 0) -> Arithmetic:
     bits. The work is bounded by what is compared, not by a clock: a busy machine gives the same answer."""
     began = perf_counter()
     failures: list[str] = []
-    for multiple in MULTIPLES:
+    for multiple in MULTIPLES if model.quantized else MULTIPLES[1:]:
         found = [products(model, multiple, START_UP_WORK)]
         if found[0].holds:
             found += layers(model, multiple, seed)
@@ -164,18 +164,19 @@ def products(model: Hybrid, multiple: int, most_work: int | None = None) -> Find
 
     most_work: multiplications of the product among many rows; None: it has MANY_ROWS.
     """
-    matrices: dict[tuple[int, ...], Callable[[Tensor], Tensor]] = {tuple(model.head_weight.shape): model.logits}
-    for module in model.modules():
-        if isinstance(module, Linear):
-            matrices.setdefault(tuple(module.weight.shape), module)
-    fewest = {ins: min(outs for outs, own in matrices if own == ins) for _, ins in matrices}
+    config = model.config
+    matrices: dict[tuple[int, int, str], Callable[[Tensor], Tensor]] = {}
+    matrices[config.vocab_size, config.hidden_size, ""] = model.logits
+    for module in model.matrices.values():
+        matrices.setdefault((*module.shape, "" if isinstance(module, Linear) else fingerprint.how(module)), module)
+    fewest = {ins: min(outs for outs, own, _ in matrices if own == ins) for _, ins, _ in matrices}
     differ = []
-    for (outs, ins), product in matrices.items():
+    for (outs, ins, _), product in matrices.items():
         possible = most_work // (outs * ins) if most_work is not None else MANY_ROWS
         least = round_up(FEW[-1], multiple) + 1
         rows = min(MANY_ROWS, max(possible, least))
         x = torch.randn(round_up(rows, MULTIPLES[-1]), ins, generator=torch.Generator().manual_seed(ins))
-        x = x.to(model.head_weight.device, model.compute_dtype)
+        x = x.to(model.device, model.compute_dtype)
         want = product(x)
         # our kernel's ways differ along ins alone: of those that are too large, one for each ins meets all of them
         tried = FEW if possible >= least or outs == fewest[ins] else (FEW[0], FEW[-1])
@@ -245,7 +246,7 @@ def contents(state: State) -> Tensor:
 def random_tokens(model: Hybrid, seed: int) -> Tensor:
     """(3, LENGTH) int64."""
     tokens = torch.randint(model.config.vocab_size, (3, LENGTH), generator=torch.Generator().manual_seed(seed))
-    return tokens.to(model.head_weight.device)
+    return tokens.to(model.device)
 
 
 def totals(calls: Calls) -> list[int]:

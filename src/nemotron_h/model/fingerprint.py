@@ -21,9 +21,9 @@ from nemotron_h.config.model import ModelConfig
 from nemotron_h.config.settings import to_mapping
 from nemotron_h.grid import BLOCK, CHUNK, DEPTH
 from nemotron_h.model.hybrid import Hybrid
-from nemotron_h.model.linear import Linear
+from nemotron_h.model.linear import Linear, QuantizedLinear
 from nemotron_h.ops.jit import linear as few_rows
-from nemotron_h.ops.jit import pairs, scalars
+from nemotron_h.ops.jit import pairs, quads, scalars
 
 WORDS = 2**15  # of 32 bits, in one sum
 SUMS = 16  # at a time: their products, 4 MiB, stay in cache
@@ -92,7 +92,7 @@ def arithmetic(model: Hybrid) -> dict[str, Any]:
 
 def basis(model: Hybrid) -> dict[str, Any]:
     """The arithmetic without the row multiple, which is found out on top of it."""
-    device = model.head_weight.device
+    device = model.device
     return {
         "torch": {"version": torch.__version__, "commit": torch.version.git_version, "onednn": onednn()},
         "machine": {
@@ -108,6 +108,7 @@ def basis(model: Hybrid) -> dict[str, Any]:
             **{name: None if scalars.MISSING else version(name) for name in ("numba", "llvmlite")},
             "lanes": scalars.LANES,
             "pairs": pairs.ADDS_PAIRS,
+            "quads": quads.ADDS_QUADS,
             "few_rows": few_rows.RUNS,
         },
         "code": code(),
@@ -133,12 +134,16 @@ def code() -> str:
 def matrices(model: Hybrid) -> dict[str, str]:
     """How the matrices of each shape (outputs x inputs) are read."""
     found: dict[str, str] = {}
-    for module in model.modules():
-        if isinstance(module, Linear):
-            kernel = f", few rows in chains of {module.few_rows.depth}" if module.few_rows is not None else ""
-            outs, ins = module.weight.shape
-            found.setdefault(f"{outs} x {ins}", f"packed{kernel}" if module.weight.is_mkldnn else "plain")
+    for module in model.matrices.values():
+        found.setdefault(" x ".join(map(str, module.shape)), how(module))
     return found
+
+
+def how(module: Linear | QuantizedLinear) -> str:
+    if isinstance(module, QuantizedLinear):
+        return f"{module.bits} bits, rows in {module.rounded_to}"
+    kernel = f", few rows in chains of {module.few_rows.depth}" if module.few_rows is not None else ""
+    return f"packed{kernel}" if module.weight.is_mkldnn else "plain"
 
 
 def products(device: torch.device) -> str:

@@ -14,7 +14,7 @@ from nemotron_h.config.model import AttentionConfig, LayerConfig, MambaConfig, M
 from nemotron_h.errors import ShapeError, UnsupportedError
 from nemotron_h.grid import ROWS
 from nemotron_h.model.attention import Attention
-from nemotron_h.model.linear import Linear
+from nemotron_h.model.linear import Linear, QuantizedLinear
 from nemotron_h.model.mamba import Gain, Mamba, Taps
 from nemotron_h.model.mlp import Mlp
 from nemotron_h.model.state import AttentionState, MambaState, Paging, State
@@ -51,6 +51,7 @@ class Hybrid(nn.Module):
             if given not in (torch.float32, torch.bfloat16):
                 raise UnsupportedError(f"{name}: must be torch.float32 or torch.bfloat16; got {given}")
         self.backbone = Backbone(config, dtype=dtype, device=device)
+        self.lm_head: Linear | QuantizedLinear | None = None  # where it is tied: the embedding, unless it is quantised
         if not config.tied_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype=dtype, device=device)
 
@@ -111,7 +112,13 @@ class Hybrid(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, hidden) -> (rows, vocab) float32. Rows in a multiple of row_multiple have bits of their own."""
-        return (linear(hidden, self.head_weight) if self.config.tied_embeddings else self.lm_head(hidden)).float()
+        match self.lm_head:
+            case QuantizedLinear() as head:
+                return head(hidden, torch.float32)  # type: ignore[no-any-return]
+            case Linear() as head:
+                return head(hidden).float()  # type: ignore[no-any-return]
+            case _:
+                return linear(hidden, self.backbone.embeddings.weight).float()
 
     @property
     def last_mixing(self) -> int:
@@ -124,9 +131,42 @@ class Hybrid(nn.Module):
         return list(self.backbone.layers)  # type: ignore[arg-type]
 
     @property
+    def device(self) -> torch.device:
+        return self.backbone.embeddings.weight.device
+
+    @property
     def head_weight(self) -> nn.Parameter:
-        """(vocab, hidden): the head's own, or the embedding's where they are tied."""
-        return self.backbone.embeddings.weight if self.config.tied_embeddings else self.lm_head.weight
+        """(vocab, hidden): the head's own, or the embedding's where they are tied. Raises: UnsupportedError."""
+        match self.lm_head:
+            case Linear() as head:
+                return head.weight
+            case None:
+                return self.backbone.embeddings.weight
+            case _:
+                raise UnsupportedError("head_weight: must be plain; it is quantised; load the model in bfloat16")
+
+    @property
+    def matrices(self) -> dict[str, Linear | QuantizedLinear]:
+        """Every matrix by its module's name; a tied head is not among them, unless it is quantised."""
+        found = self.named_modules()
+        return {name: module for name, module in found if isinstance(module, Linear | QuantizedLinear)}
+
+    @property
+    def precision(self) -> str:
+        """float32 or bfloat16, or int8 or int4, of the matrices of the layers."""
+        of_layers = (one for name, one in self.matrices.items() if name.startswith("backbone."))
+        bits = [one.bits for one in of_layers if isinstance(one, QuantizedLinear)]
+        return f"int{bits[0] if bits else 8}" if self.quantized else str(self.compute_dtype).removeprefix("torch.")
+
+    @property
+    def quantized(self) -> bool:
+        """Are all matrices in integers, the head too?"""
+        return all(isinstance(one, QuantizedLinear) for one in (*self.matrices.values(), self.lm_head))
+
+    def put(self, name: str, matrix: QuantizedLinear) -> None:
+        """Put a matrix in integers in the place of the one of that name in `matrices`, or of the head, lm_head."""
+        owner, _, leaf = name.rpartition(".")
+        setattr(self.get_submodule(owner), leaf, matrix)
 
     def pack(self) -> None:
         """Lay every matrix, and every conv's taps, out for reading, in place; it is then not trained any more."""
@@ -140,7 +180,7 @@ class Hybrid(nn.Module):
 
     def empty_state(self, batch: int) -> State:
         """A state before the first token of so many sequences."""
-        return State.zeros(self.config, batch, dtype=self.compute_dtype, device=self.head_weight.device)
+        return State.zeros(self.config, batch, dtype=self.compute_dtype, device=self.device)
 
 
 class Backbone(nn.Module):

@@ -10,6 +10,7 @@ Sums of integers are exact in any order, and what follows them is one formula: a
 however many are computed, by whatever code. So one arithmetic holds here by nature.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,7 +28,7 @@ from nemotron_h.ops.jit.scalars import array, f, runs
 from nemotron_h.ops.shapes import expect, wants_gradient
 
 LEVELS = {8: 127, 16: 32767}  # the largest of a row's codes, by their bits
-LEAST = 2.0**-100  # a row whose largest number is under this is nothing
+LEAST = float(jit.LEAST)
 MOST_INPUTS = 2**16 - 256  # of a matrix: its sums of products stay within 32 bits
 AT_ONCE = 2**22  # integers that the definition holds in float64 at a time
 
@@ -89,6 +90,33 @@ class Matrix:
     def dense(self) -> Tensor:
         """The matrix that it stands for, float32."""
         return self.integers() * self.scale[: self.shape[0], None]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it is made of, by name."""
+        own = {"words": self.words, "totals": self.totals, "scale": self.scale}
+        return own | ({"groups": self.groups} if self.bits == 4 else {})
+
+    @staticmethod
+    def shapes(bits: int, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each of the tensors of a matrix (outs, ins)."""
+        outs, ins = shape
+        blocks = -(-outs // OUTS)
+        words = round_up(ins, 4) // 4 if bits == 8 else round_up(ins, GROUP) // 8
+        of_outputs = (blocks * OUTS,)
+        found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "words": ((blocks, words, OUTS), torch.int32),
+            "totals": (of_outputs, torch.int32),
+            "scale": (of_outputs, torch.float32),
+        }
+        return found | ({"groups": ((blocks, words * 8 // GROUP, OUTS // 2), torch.uint8)} if bits == 4 else {})
+
+    @staticmethod
+    def of_tensors(bits: int, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> "Matrix":
+        """The matrix again. Raises: ShapeError naming the tensor that is not as `shapes` says."""
+        for name, (expected, dtype) in Matrix.shapes(bits, shape).items():
+            expect(tensors[name], name, expected, dtype)
+        groups = tensors.get("groups", torch.empty(0, 0, OUTS // 2, dtype=torch.uint8))
+        return Matrix(bits, shape, tensors["words"], groups, tensors["totals"], tensors["scale"])
 
     @property
     def padded_inputs(self) -> int:

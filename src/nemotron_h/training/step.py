@@ -28,7 +28,7 @@ def next_token_loss(model: Hybrid, batch: Batch) -> tuple[Tensor, int]:
     if lowest < 0 or highest >= vocab:
         got = lowest if lowest < 0 else highest
         raise DataError(f"tokens: must lie in 0..{vocab - 1}; got {got}; take the shard of the model's own tokenizer")
-    device = model.head_weight.device
+    device = model.device
     tokens, targets, documents = (
         torch.from_numpy(array).to(device) for array in (batch.inputs, batch.targets, batch.documents)
     )

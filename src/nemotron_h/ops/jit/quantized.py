@@ -16,6 +16,7 @@ from nemotron_h.ops.jit.kernels import kernel
 from nemotron_h.ops.jit.nibbles import DEEP, GROUP, expand_group, group_sums
 from nemotron_h.ops.jit.scalars import as_bits, as_float, compile_once, f, numba, piece, read, u, write
 
+LEAST = f(2.0**-100)  # a row whose largest number is under this is nothing
 NEAR = 64  # words of a block that all rows are multiplied by before the next ones
 FEW = 12  # rows that wait for memory whatever is done: they ask for what the next block reads
 SMALL = 4  # rows that multiply the codes of a 4-bit matrix
@@ -44,7 +45,7 @@ def round_rows(start: Any, stop: Any, x: Any, levels: Any, codes: Any, scale: An
             row[u(j)] = read(x, t, j)
             most = max(most, as_bits(row[u(j)]) & np.uint32(0x7FFFFFFF))
         top = as_float(most)
-        nothing = top < f(2.0**-100)
+        nothing = top < LEAST
         scale[t] = f(0) if nothing else top / levels
         factor = f(0) if nothing else levels / top
         if planes == 1:
