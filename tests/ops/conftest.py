@@ -1,6 +1,6 @@
 import pytest
 
-from nemotron_h.ops import activation, attention, conv, loss, norm, ssd, steps
+from nemotron_h.ops import activation, attention, conv, loss, norm, rows, ssd, steps
 
 
 @pytest.fixture(params=["kernel", "torch"])
@@ -9,7 +9,9 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if request.param == "kernel":
         pytest.importorskip("numba")
         return "kernel"
-    with_kernels = [room for room in (activation, attention, conv, loss, norm, ssd, steps) if "runs" in vars(room)]
+    with_kernels = [
+        room for room in (activation, attention, conv, loss, norm, rows, ssd, steps) if "runs" in vars(room)
+    ]
     assert with_kernels
     for room in with_kernels:
         monkeypatch.setattr(room, "runs", lambda *tensors: False)

@@ -266,11 +266,13 @@ def test_bfloat16_inputs_are_computed_in_float32() -> None:
 def test_what_is_kept_are_the_inputs_of_the_chunk_at_hand(dtype: torch.dtype) -> None:
     inputs = Inputs.random(200, seed=13).side_by_side().to(dtype)
     x, B = torch.zeros(1, CHUNK, H * P, dtype=dtype), torch.zeros(1, G, N, CHUNK, dtype=dtype)
-    done = 0
+    kept_dt, done = torch.zeros(1, H, CHUNK), 0
     for length in (1, 5, 57, 1, 1, 3, 100, 32):  # the fourth fills a chunk, the fifth begins one
         segments = Segments((done,), (length,))
+        dt = torch.randn(segments.num_chunks, H, CHUNK, generator=seeded(done))
         rows = inputs[done : done + length]
-        keep_inputs(torch.cat((rows, rows.new_full((segments.rows - length, rows.shape[1]), 9))), segments, x, B)
+        given = torch.cat((rows, rows.new_full((segments.rows - length, rows.shape[1]), 9)))
+        keep_inputs(given, dt, segments, x, B, kept_dt)
         done += length
         at = (done - 1) // CHUNK * CHUNK
         want_x, want_B, _ = inputs[at:done].split([H * P, G * N, G * N], dim=1)
@@ -278,6 +280,7 @@ def test_what_is_kept_are_the_inputs_of_the_chunk_at_hand(dtype: torch.dtype) ->
         assert torch.equal(B[0].flatten(0, 1)[:, : done - at].T, want_B)
         assert (x[0, done - at :] == 0).all()
         assert (B[..., done - at :] == 0).all()
+        assert torch.equal(kept_dt[0], dt[segments.chunk_runs[0].sum() - 1])
 
 
 def arguments(segments: Segments) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from nemotron_h.model.mlp import Mlp
 from nemotron_h.model.state import AttentionState, MambaState, Paging, State
 from nemotron_h.ops.linear import linear
 from nemotron_h.ops.norm import rms_norm
+from nemotron_h.ops.rows import add, pick
 from nemotron_h.ops.segments import Segments
 from nemotron_h.ops.shapes import wants_gradient
 
@@ -93,8 +94,6 @@ class Hybrid(nn.Module):
                 raise ShapeError(
                     f"{what}: must be a multiple of {multiple}, for their bits to be their own; got {count}"
                 )
-        x = F.embedding(F.pad(tokens, (0, segments.rows - segments.tokens)), self.backbone.embeddings.weight)
-        x = x.to(self.compute_dtype)
         if state is None and any(segments.starts):
             raise ShapeError(f"state: must hold what lies before the tokens, which begin at {max(segments.starts)}")
         if state is not None:
@@ -102,12 +101,21 @@ class Hybrid(nn.Module):
                 raise ShapeError("state: must be None where gradients are wanted; got a state; use torch.no_grad()")
             state.enter()
         paging = Paging.of(state.tables, segments) if state is not None else Paging.alone(segments)
+        ids = F.pad(tokens, (0, segments.rows - segments.tokens))
+        x = self.through(ids, segments, state, paging, rows)
+        if state is not None:
+            state.advance(segments)
+        return x
+
+    def through(
+        self, ids: Tensor, segments: Segments, state: State | None, paging: Paging, rows: Tensor | None = None
+    ) -> Tensor:
+        """What `hidden` gives, of ids (segments.rows,): the layers, whose states are written to, and the last norm."""
+        x = pick(self.backbone.embeddings.weight, ids, self.compute_dtype)
         last = self.last_mixing
         for index, layer in enumerate(self.backbone.layers):
             wanted = rows if index == last else None
             x = layer(x, segments, state.layers[index] if state is not None else None, paging, wanted)
-        if state is not None:
-            state.advance(segments)
         return self.backbone.norm_f(x)  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -232,7 +240,7 @@ class Layer(nn.Module):
                 raise ShapeError(
                     f"state: must be of the model's own layers; got {type(other).__name__} for {type(mixer).__name__}"
                 )
-        return (x if rows is None else x[rows]) + mixed
+        return add(x if rows is None else x[rows], mixed)
 
 
 class Norm(Gain):

@@ -18,6 +18,7 @@ from torch import Tensor
 from nemotron_h.config.model import AttentionConfig, MambaConfig, ModelConfig
 from nemotron_h.errors import ShapeError
 from nemotron_h.grid import BLOCK, CHUNK, ROWS
+from nemotron_h.ops.attention import keep_rows
 from nemotron_h.ops.conv import keep_last
 from nemotron_h.ops.segments import Segments
 from nemotron_h.ops.shapes import expect
@@ -60,8 +61,7 @@ class MambaState:
         """Remember a call: xbc and convolved (rows, channels), the conv's inputs and outputs; dt (c, h, CHUNK) of its
         chunks."""
         keep_last(xbc, segments, self.conv)
-        keep_inputs(convolved, segments, self.x, self.B)
-        self.dt.copy_(dt if segments.num_chunks == len(segments) else dt[segments.chunk_runs.sum(1) - 1])
+        keep_inputs(convolved, dt, segments, self.x, self.B, self.dt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +106,7 @@ class AttentionState:
 
     def push(self, k: Tensor, v: Tensor, paging: Paging) -> None:
         """Write new rows k and v (rows, kv, d) to their pages."""
-        pages, places = paging.pages.to(k.device), paging.places.to(k.device)
-        self.keys[pages, :, :, places] = k[: len(pages)]
-        self.values[pages, :, places] = v[: len(pages)]
+        keep_rows(k, v, paging.pages, paging.places, self.keys, self.values)
 
     def grow(self, pages: int) -> None:
         """Append pages of zeros."""

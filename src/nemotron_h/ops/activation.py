@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemotron_h.ops.jit import rows as jit
+from nemotron_h.ops.jit.scalars import array, runs
 from nemotron_h.ops.shapes import first_order, wants_gradient
 
 
@@ -25,9 +27,13 @@ def softplus(x: Tensor) -> Tensor:
 
 def relu2(x: Tensor) -> Tensor:
     """max(x, 0)^2, in x's dtype."""
-    if not wants_gradient(x):
+    if wants_gradient(x):
+        return _Relu2.apply(x)  # type: ignore[no-any-return,no-untyped-call]
+    if x.dim() != 2 or not runs(x):
         return torch.relu(x).square_()
-    return _Relu2.apply(x)  # type: ignore[no-any-return,no-untyped-call]
+    out = torch.empty_like(x)
+    jit.relu2(len(x), array(x), array(out))
+    return out
 
 
 class _Silu(torch.autograd.Function):

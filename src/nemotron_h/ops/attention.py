@@ -59,6 +59,18 @@ def _causal_call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
+def keep_rows(k: Tensor, v: Tensor, pages: Tensor, places: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Write the first rows of k and v (rows, kv, d) into keys (pages, kv, d, BLOCK) and values (pages, kv, BLOCK, d),
+    of their dtype: row t to page pages[t], place places[t], both (tokens,) int64."""
+    if runs(k, keys) and k.is_contiguous() and v.is_contiguous():
+        kept = array(keys.view(-1, BLOCK)), array(values.view(-1, values.shape[-1]))
+        jit.keep(len(pages), array(k.flatten(1)), array(v.flatten(1)), pages.numpy(), places.numpy(), *kept)
+        return
+    pages, places = pages.to(k.device), places.to(k.device)
+    keys[pages, :, :, places] = k[: len(pages)]
+    values[pages, :, places] = v[: len(pages)]
+
+
 def attention_paged(q: Tensor, keys: Tensor, values: Tensor, segments: Segments, table: Tensor) -> Tensor:
     """Queries of each segment against its sequence's pages, which hold the new keys already. No gradient.
 
@@ -75,14 +87,15 @@ def attention_paged(q: Tensor, keys: Tensor, values: Tensor, segments: Segments,
     expect(q, "q", (segments.rows, heads, width))
     blocks = max(-(-(start + length) // BLOCK) for start, length in zip(segments.starts, segments.lengths, strict=True))
     expect(table, "table", (len(segments), max(blocks, table.shape[-1])), torch.int64)
-    least, most = (int(page) for page in table.aminmax())
+    least, most = (int(of) for of in (table.numpy().min(), table.numpy().max()))
     if least < 0 or most >= len(keys):
         raise ShapeError(f"table: must hold pages of 0..{len(keys) - 1}; got {least}..{most}")
     if wants_gradient(q, keys, values):
         raise ShapeError("q: must not want a gradient, which pages do not have; use attention_whole")
     if not runs(q):
         return attention_paged_torch(q, keys, values, segments, table)
-    out = q.new_zeros(rows, heads * width) if rows > segments.tokens else q.new_empty(rows, heads * width)
+    out = torch.empty(rows, heads * width, dtype=q.dtype)
+    array(out)[segments.tokens :] = 0
     pieces = segments.pieces
     attend, queries = jit.attend, array(q.reshape(rows, heads * width).contiguous())
     if ADDS_PAIRS and q.dtype == torch.bfloat16 and width % 2 == 0:
@@ -98,6 +111,8 @@ def attention_paged_torch(q: Tensor, keys: Tensor, values: Tensor, segments: Seg
     """The same in torch: where there is no kernel, and beside the kernel in tests."""
     out = torch.zeros_like(q)
     for owner, row, count, first in zip(*(t.tolist() for t in segments.pieces), strict=True):
+        if count == 0:
+            continue
         out[row : row + count] = _attend(q[row : row + count], keys, values, table[owner].tolist(), first)
     return out
 

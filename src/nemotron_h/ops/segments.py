@@ -9,6 +9,8 @@ segments, so packed equals alone and cut equals whole by construction.
 
     carried   inputs of the chunk at hand that earlier calls brought (1 to CHUNK once a sequence has begun)
     chunks    runs of CHUNK places: each segment's carried inputs, then its new rows, then zeros
+    room      chunks that a segment has places for: where all go on with a few rows, two each, so that the shapes of
+              such a call follow from its lengths alone
 """
 
 from collections.abc import Sequence
@@ -24,6 +26,7 @@ from torch import Tensor
 from nemotron_h.errors import ShapeError
 from nemotron_h.grid import CHUNK, ROWS, round_up
 
+FEW = 16  # rows of a segment that are a few
 PIECE = 64  # rows of one task of attention: it divides BLOCK, so that a piece lies in one block
 
 
@@ -98,16 +101,27 @@ class Segments:
         )
 
     @cached_property
+    def few(self) -> bool:
+        """Do all segments go on with a few rows?"""
+        return max(self.lengths) <= FEW and min(self.starts) > 0
+
+    @cached_property
+    def room(self) -> tuple[int, ...]:
+        """Chunks that each segment has places for."""
+        return (2,) * len(self) if self.few else self.chunks
+
+    @cached_property
     def chunk_begins(self) -> tuple[int, ...]:
         """The first chunk of each segment, in the order of segments."""
         sums = [0]
-        for count in self.chunks[:-1]:
+        for count in self.room[:-1]:
             sums.append(sums[-1] + count)
         return tuple(sums)
 
     @cached_property
     def num_chunks(self) -> int:
-        return sum(self.chunks)
+        """In all, those without a row too."""
+        return sum(self.room)
 
     @cached_property
     def even(self) -> bool:
@@ -124,12 +138,14 @@ class Segments:
 
     @cached_property
     def grid(self) -> tuple[Any, Any, Any, Any]:
-        """Of each chunk, as int64 arrays of numpy: its segment, the place of its first new row, how many new rows it
-        has, and the first of them in the call."""
+        """Of each chunk, as int64 arrays of numpy: its segment, -1 where it has no place in use, the place of its first
+        new row, how many new rows it has, and the first of them in the call."""
         begins = np.zeros(self.num_chunks, dtype=np.int64)
         begins[list(self.chunk_begins)] = self.carried
         counts = np.bincount(self.places.numpy() // CHUNK, minlength=self.num_chunks)
-        owners = np.arange(len(self)).repeat(self.chunks)
+        owners = np.arange(len(self)).repeat(self.room)
+        if self.few:
+            owners[1::2] = np.where(np.array(self.chunks) > 1, owners[1::2], -1)
         return owners, begins, counts, counts.cumsum() - counts
 
     @cached_property
@@ -160,11 +176,14 @@ class Segments:
     @cached_property
     def pieces(self) -> tuple[Any, Any, Any, Any]:
         """Runs of rows between multiples of PIECE of their sequence, as int64 arrays of numpy: each one's segment,
-        first row, length, and the place of its first row in the sequence."""
+        first row, length, and the place of its first row in the sequence. Of a few rows two, the second may be empty.
+        """
         found = []
         for index, (start, begin, length) in enumerate(zip(self.starts, self.begins, self.lengths, strict=True)):
             edges = [start, *range(round_up(start + 1, PIECE), start + length, PIECE), start + length]
             found += [(index, begin + a - start, b - a, a) for a, b in pairwise(edges)]
+            if self.few and length > 1 and len(edges) == 2:
+                found.append((index, begin, 0, start))
         return tuple(np.array(column) for column in zip(*found, strict=True))  # type: ignore[return-value]
 
     def taps(self, kernel: int) -> Tensor:

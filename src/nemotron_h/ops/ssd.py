@@ -135,7 +135,7 @@ def _boundaries(xdt: Tensor, a: Tensor, B: Tensor, segments: Segments, boundary:
     """The state before each chunk, (c, h, n, p), None for all zeros. boundary moves on to each segment's last one."""
     c, h, _, p = xdt.shape
     g, n = B.shape[0] // c, B.shape[1]
-    if max(segments.chunks) == 1:
+    if max(segments.chunks) == 1 and (boundary is None or c == len(segments)):
         return boundary
     state = boundary if boundary is not None else xdt.new_zeros(len(segments), h, n, p)
     weighted = xdt * (a[..., -1:] - a).exp()[..., None]  # (c, h, CHUNK, p)
@@ -146,8 +146,9 @@ def _boundaries(xdt: Tensor, a: Tensor, B: Tensor, segments: Segments, boundary:
     for index, (first, count) in enumerate(zip(segments.chunk_begins, segments.chunks, strict=True)):
         own = state[index]
         befores.append(own)
-        for chunk in range(first, first + count - 1):
-            own = own * gains[chunk][:, None, None] + writes[chunk]
+        for chunk in range(first, first + segments.room[index] - 1):
+            if chunk < first + count - 1:
+                own = own * gains[chunk][:, None, None] + writes[chunk]
             befores.append(own)
     before = torch.stack(befores)
     if boundary is not None:
@@ -169,7 +170,7 @@ def _ssd(
     kept_B = array(past.B.view(-1, CHUNK) if past is not None else nothing)
     boundary = past.boundary.view(-1, p) if past is not None else torch.empty(0, p)
     scores, y = torch.empty(len(inputs), g * CHUNK), torch.empty(len(inputs), inner)
-    y[segments.tokens :] = 0
+    array(y)[segments.tokens :] = 0
     before = torch.empty(c * h * n if befores_kept and max(segments.chunks) > 1 else 0, p)
     jit.score(c * g, array(inputs), inner, g, n, owner, begins, counts, rows, kept_B, array(scores))
     jit.scan(
@@ -216,13 +217,15 @@ class _Ssd(torch.autograd.Function):
         return by_inputs, by_dt, by_a, by_D.view(c, h).double().sum(0).float(), None, None, None
 
 
-def keep_inputs(inputs: Tensor, segments: Segments, x: Tensor, B: Tensor) -> None:
-    """Overwrite x and B, as `Past` has them, with the inputs of each segment's chunk at hand, zeros beyond them."""
+def keep_inputs(inputs: Tensor, dt: Tensor, segments: Segments, x: Tensor, B: Tensor, kept_dt: Tensor) -> None:
+    """Overwrite x and B, as `Past` has them, with the inputs of each segment's chunk at hand, zeros beyond them; and
+    kept_dt (s, h, CHUNK) with its steps, of dt (c, h, CHUNK)."""
     s, g, n, _ = B.shape
     if runs(inputs):
         _, begins, counts, rows = segments.grid
         kept = array(x.view(s * CHUNK, -1)), array(B.view(-1, CHUNK))
-        jit.keep(s, array(inputs), g, begins, counts, rows, segments.chunk_runs, *kept)
+        steps = array(dt.view(-1, CHUNK)), array(kept_dt.view(-1, CHUNK))
+        jit.keep(s, array(inputs), g, begins, counts, rows, segments.chunk_runs, *kept, *steps)
         return
     x_new, B_new, _ = (segments.spread(t) for t in inputs.split([x.shape[2], g * n, g * n], dim=-1))
     x_new, B_new = (
@@ -230,5 +233,6 @@ def keep_inputs(inputs: Tensor, segments: Segments, x: Tensor, B: Tensor) -> Non
         segments.after_kept(B_new.transpose(1, 2), B.flatten(1, 2), dim=2),
     )
     last = segments.chunk_runs.sum(1) - 1
+    kept_dt.copy_(dt[last])
     x.copy_(x_new[last])
     B.copy_(B_new[last].view(s, g, n, CHUNK))

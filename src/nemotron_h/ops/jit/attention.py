@@ -37,6 +37,8 @@ def attend(
     for task in range(start, stop):
         part, head = task // heads, task % heads
         row, first, m = rows[part], positions[part], counts[part] * group
+        if m == 0:
+            continue
         for i in range(m):
             column = (head * group + i % group) * d
             for c in range(d):
@@ -83,6 +85,8 @@ def attend_pairs(
     for task in range(start, stop):
         part, head = task // heads, task % heads
         row, first, m = rows[part], positions[part], counts[part] * group
+        if m == 0:
+            continue
         for i in range(m):
             column = (head * group + i % group) * (d // 2)
             for c in range(d // 2):
@@ -116,6 +120,19 @@ def attend_pairs(
             column = (head * group + i % group) * d
             for c in range(d):
                 write(out, row + i // group, column + c, attended[i, c] / sums[i])
+
+
+@kernel(32)
+def keep(start: Any, stop: Any, k: Any, v: Any, pages: Any, places: Any, keys: Any, values: Any) -> None:
+    """k, v (rows, heads d): row t goes to its page and its place there."""
+    d, size = values.shape[1], keys.shape[1]
+    heads = k.shape[1] // d
+    for t in range(start, stop):
+        for head in range(heads):
+            page = pages[t] * heads + head
+            for c in range(d):
+                keys[page * d + c, places[t]] = k[t, head * d + c]
+                values[page * size + places[t], c] = v[t, head * d + c]
 
 
 @piece

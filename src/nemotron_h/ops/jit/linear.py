@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nemotron_h.ops.jit.blocks import LINE, OUTS, block_sums
+from nemotron_h.ops.jit.blocks import LINE, OUTS
 from nemotron_h.ops.jit.kernels import kernel
 from nemotron_h.ops.jit.pairs import ADDS_PAIRS
 from nemotron_h.ops.jit.scalars import FEATURES, numba, to_bfloat16, u
@@ -29,6 +29,7 @@ RUNS = ADDS_PAIRS and not FEATURES.get("amx-bf16", False)
 if numba is not None:
     from llvmlite import ir
 
+    from nemotron_h.ops.jit.blocks import block_sums
     from nemotron_h.ops.jit.pairs import add_pairs
 
     one, two, three, four = (

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from nemotron_h.ops.jit import quads
-from nemotron_h.ops.jit.blocks import LINE, OUTS, block_sums
+from nemotron_h.ops.jit.blocks import LINE, OUTS
 from nemotron_h.ops.jit.kernels import kernel
-from nemotron_h.ops.jit.nibbles import DEEP, GROUP, expand_group, group_sums
+from nemotron_h.ops.jit.nibbles import DEEP, GROUP
 from nemotron_h.ops.jit.scalars import as_bits, as_float, compile_once, f, numba, piece, read, u, write
 
 LEAST = f(2.0**-100)  # a row whose largest number is under this is nothing
@@ -24,6 +24,9 @@ HEIGHT = 6  # rows whose sums stay in registers together
 WIDTH = 4 * quads.LANES if quads.WIDE else 2 * quads.LANES  # outputs of them, as far as there are registers
 
 if numba is not None:
+    from nemotron_h.ops.jit.blocks import block_sums
+    from nemotron_h.ops.jit.nibbles import expand_group, group_sums
+
     one = block_sums(1, OUTS, quads.SUMS, quads.add_quads)
     two, three, four, six = (block_sums(rows, WIDTH, quads.SUMS, quads.add_quads) for rows in (2, 3, 4, HEIGHT))
     one_of_codes, two_of_codes, four_of_codes = (group_sums(rows) for rows in (1, 2, 4))

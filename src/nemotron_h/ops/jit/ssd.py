@@ -50,6 +50,8 @@ def score(
     for task in range(start, stop):
         chunk, group = task // groups, task % groups
         begin, count, row = begins[chunk], counts[chunk], rows[chunk]
+        if count == 0:
+            continue
         load_rows(keys, kept, (owner[chunk] * groups + group) * n, 0, n if begin else 0, width)
         for j in range(count):
             for k in range(n):
@@ -163,15 +165,20 @@ def move_on(state, keys, inputs, dt, a, index):  # type: ignore[no-untyped-def]
 @kernel(1)
 def keep(
     start: Any, stop: Any, inputs: Any, groups: Any, begins: Any, counts: Any, rows: Any, chunks: Any, kept_x: Any,
-    kept_B: Any,
+    kept_B: Any, dt: Any, kept_dt: Any,
 ) -> None:  # fmt: skip
-    """The inputs of each segment's chunk at hand, to be there for the next call; zeros beyond them in a new chunk."""
+    """The inputs of each segment's chunk at hand, to be there for the next call; zeros beyond them in a new chunk. And
+    its steps, dt and kept_dt (.. h, CHUNK)."""
     width, inner = kept_B.shape[1], kept_x.shape[1]
+    heads = len(kept_dt) * width // len(kept_x)
     n = (inputs.shape[1] - inner) // (2 * groups)
     for segment in range(start, stop):
         chunk = chunks[segment, 0] + chunks[segment, 1] - 1
         begin, count, row = begins[chunk], counts[chunk], rows[chunk]
         end = width if chunks[segment, 1] > 1 else begin + count
+        for head in range(heads):
+            for j in range(width):
+                kept_dt[segment * heads + head, u(j)] = dt[chunk * heads + head, u(j)]
         for j in range(begin, end):
             for q in range(inner):
                 kept_x[segment * width + j, q] = (

@@ -21,6 +21,8 @@ def forward(
     heads, width = len(bias), dt.shape[1]
     for task in range(start, stop):
         chunk, head = task // heads, task % heads
+        if owner[chunk] < 0:  # no place of it is in use
+            continue
         begin, end = begins[chunk], begins[chunk] + counts[chunk]
         for j in range(begin):
             dt[task, j] = kept[owner[chunk] * heads + head, j]
