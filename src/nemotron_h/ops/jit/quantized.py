@@ -14,7 +14,7 @@ from nemotron_h.ops.jit import quads
 from nemotron_h.ops.jit.blocks import LINE, OUTS
 from nemotron_h.ops.jit.kernels import kernel
 from nemotron_h.ops.jit.nibbles import DEEP, GROUP
-from nemotron_h.ops.jit.scalars import as_bits, as_float, compile_once, f, numba, piece, read, u, write
+from nemotron_h.ops.jit.scalars import compile_once, f, numba, piece, read, u, write
 
 LEAST = f(2.0**-100)  # a row whose largest number is under this is nothing
 NEAR = 64  # words of a block that all rows are multiplied by before the next ones
@@ -26,6 +26,7 @@ WIDTH = 4 * quads.LANES if quads.WIDE else 2 * quads.LANES  # outputs of them, a
 if numba is not None:
     from nemotron_h.ops.jit.blocks import block_sums
     from nemotron_h.ops.jit.nibbles import expand_group, group_sums
+    from nemotron_h.ops.jit.scalars import as_bits, as_float
 
     one = block_sums(1, OUTS, quads.SUMS, quads.add_quads)
     two, three, four, six = (block_sums(rows, WIDTH, quads.SUMS, quads.add_quads) for rows in (2, 3, 4, HEIGHT))
