@@ -280,7 +280,7 @@ def test_who_is_stopped_while_documents_are_read_goes_on_from_there(
         (["--max-tokens", "0"], "max_tokens: must be 1 or above; got 0"),
         (["--temperature", "-1"], "temperature: must be 0 or above; got -1.0"),
         (["--memory", "0"], "memory_bytes: must be 1 or above, or None; got 0"),
-        (["--precision", "int3"], "precision: must be one of auto, bfloat16, float32; got 'int3'"),
+        (["--precision", "int3"], "precision: must be one of auto, bfloat16, float32, int8, int4; got 'int3'"),
         (["--file", "none"], "none: must be a readable file; got No such file or directory"),
         (["--file", __file__, "--file", __file__], f"file: must be given once each; got {__file__} twice"),
     ],

@@ -105,7 +105,7 @@ def test_ids_as_a_line(command: Command, folder: Path) -> None:
         (["x", "--seed", "-3"], "seed: must lie in"),
         (["x", "--max-tokens", "0"], "max_tokens: must be 1 or above; got 0"),
         (["x", "--stop", ""], "stop: must not hold an empty string"),
-        (["x", "--precision", "int3"], "precision: must be one of auto, bfloat16, float32; got 'int3'"),
+        (["x", "--precision", "int3"], "precision: must be one of auto, bfloat16, float32, int8, int4; got 'int3'"),
         ([], "prompt: must be given once, as PROMPT, --prompt-file, --ids, --batch; got none"),
         (
             ["x", "--ids", "5"],

@@ -4,10 +4,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from nemotron_h.cli.show import integers
 from nemotron_h.config import cost
 from nemotron_h.config.presets import PRESETS
 from nemotron_h.model.hybrid import Hybrid
@@ -97,11 +99,26 @@ def test_the_machine_is_shown_and_measured(command: Callable[..., Any]) -> None:
     assert 0 < facts["available_bytes"] <= facts["limit_bytes"] <= facts["memory_bytes"]
     assert facts["bandwidth"] > 1e8
     out = command("show", "--machine").out
-    for words in ("cores that may be used", "reads memory at", "precision=auto takes", "multiplies bfloat16 at"):
+    for words in (
+        "cores that may be used",
+        "reads memory at",
+        "precision=auto takes",
+        "multiplies bfloat16 at",
+        facts["integers"],
+    ):
         assert words in out, words
     both = command("show", "3m", "--machine").out
     assert "3m: 3.06M parameters" in both
     assert "this machine" in both
+
+
+def test_what_multiplies_integers_is_told() -> None:
+    """Of the CPU's features and of the form that the kernel takes by them."""
+    with_it, without = SimpleNamespace(ADDS_QUADS=True, LANES=16), SimpleNamespace(ADDS_QUADS=False, LANES=8)
+    assert integers(with_it, {"avx2": True}) == "VNNI, 16 sums at a time"
+    assert integers(without, {"avx2": True}) == "AVX2, pairs at a time"
+    assert integers(without, {"neon": True}) == "one by one"
+    assert integers(without, {}) == "torch, in float64"
 
 
 def test_the_picture_in_the_docs_is_what_it_shows(command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

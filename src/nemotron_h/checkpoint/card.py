@@ -22,11 +22,14 @@ TAGS = ["nemotron-h", "mamba-2", "hybrid"]
 MOST_CHARACTERS = 2**16  # of a parent's card that are looked at: its front matter comes first
 
 
-def card(*, made_by: str, parent: str | None, parent_card: str | None, library: str | None) -> str:
+def card(
+    *, made_by: str, parent: str | None, parent_card: str | None, library: str | None, integers: str | None = None
+) -> str:
     """The text of README.md.
 
     made_by: the command or function; parent: the Hub's name of the checkpoint it was made from, or a folder's;
-    parent_card: that checkpoint's own README.md; library: a program that loads it, beside this one.
+    parent_card: that checkpoint's own README.md; library: a program that loads it, beside this one; integers: int8 or
+    int4, where the matrices are so, and this program alone loads it.
     Raises: CheckpointError where the parent's card cannot be read.
     """
     stated = front_matter(parent_card) if parent_card is not None else {}
@@ -43,6 +46,7 @@ def card(*, made_by: str, parent: str | None, parent_card: str | None, library: 
         "",
         f"- Made by `{shown(made_by)}`: nemotron_h {version}, torch {torch.__version__}.",
         f"- Made from {shown(parent)}." if parent is not None else "- Made from no other checkpoint.",
+        *([f"- Matrices in {integers} of nemotron_h, which alone loads them."] if integers is not None else []),
         f"- Licence: {_said(licence)}.",
         "",
     ]

@@ -55,8 +55,10 @@ def write_companions(
     config: ModelConfig,
     tokenizer: Tokenizer | None,
     made_by: str,
+    integers: str | None = None,
 ) -> None:
-    """Beside a model of that config; made_by: the command or function that makes it."""
+    """Beside a model of that config; made_by: the command or function that makes it; integers: int8 or int4, where its
+    matrices are so."""
     generation = replace(
         companions.generation,
         end_ids=end_ids(companions.generation, config, tokenizer),
@@ -79,7 +81,8 @@ def write_companions(
         made_by=made_by,
         parent=companions.parent,
         parent_card=companions.parent_card,
-        library=None if rope else "transformers",
+        library=None if rope or integers is not None else "transformers",
+        integers=integers,
     )
     (folder / CARD).write_bytes(text.encode())
 

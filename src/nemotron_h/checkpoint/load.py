@@ -111,6 +111,15 @@ def checkpoint_folder(path: str | Path) -> Path:
     return folder
 
 
+def refuse_integers(folder: Path) -> None:
+    """Raises: CheckpointError where the matrices are in int8 or int4, of which nothing else is made."""
+    if found := BITS.keys() & read_quantization(folder):
+        raise CheckpointError(
+            f"{folder}: must hold plain weights, FP8 or NVFP4; got {min(found)}, in which nemotron_h alone reads them; "
+            "take the checkpoint that it was made from"
+        )
+
+
 def widest_dtype(folder: Path) -> torch.dtype:
     """The dtype that holds every weight of a folder as it is stored; quantised ones count as bfloat16."""
     weights = Weights(folder)

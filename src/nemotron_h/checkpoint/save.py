@@ -77,17 +77,18 @@ def write_model(
     files = shards({stored_name(name, dialect): p for name, p in parameters.items()}, dtype, shard_bytes)
     if model.quantized and dialect != Dialect.PUBLISHED:
         raise CheckpointError(f"dialect: must be {Dialect.PUBLISHED} for a quantised model; got {dialect}")
+    integers = model.precision if model.quantized else None
     write_config(
         model.config,
         folder / CONFIG_FILE,
         dtype=str(dtype).removeprefix("torch."),
         dialect=dialect,
-        quantization=own_quantization(model.precision) if model.quantized else None,
+        quantization=own_quantization(integers) if integers is not None else None,
     )
     if tokenizer is not None:
         check_fits(tokenizer, model.config.vocab_size)
         tokenizer.save(folder)
-    write_companions(companions, folder, config=model.config, tokenizer=tokenizer, made_by=made_by)
+    write_companions(companions, folder, config=model.config, tokenizer=tokenizer, made_by=made_by, integers=integers)
     if len(files) == 1:
         write_shard(files[0], folder / WEIGHTS_FILE, dtype)
         return

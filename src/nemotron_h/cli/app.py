@@ -18,6 +18,7 @@ from nemotron_h.cli.convert import convert
 from nemotron_h.cli.generate import generate
 from nemotron_h.cli.ls import ls
 from nemotron_h.cli.pull import pull
+from nemotron_h.cli.quantize import quantize
 from nemotron_h.cli.run import run
 from nemotron_h.cli.show import show
 from nemotron_h.cli.train import train
@@ -34,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (run, train, generate, chat, show, verify, pull, ls, convert):
+for verb in (run, train, generate, chat, show, verify, pull, ls, convert, quantize):
     app.command()(verb)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from nemotron_h.cli.process import HELP_PRECISION
 from nemotron_h.signals import SIGNALLED
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def chat(
     think: Annotated[
         bool | None, typer.Option("--think/--no-think", help="The template's enable_thinking.", show_default=False)
     ] = None,
-    precision: Annotated[str, typer.Option(help="bfloat16, float32, or auto: what is fast here.")] = "auto",
+    precision: Annotated[str, typer.Option(help=HELP_PRECISION)] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     memory: Annotated[
         int | None, typer.Option(metavar="BYTES", help="For what is kept between turns; by default what is free.")

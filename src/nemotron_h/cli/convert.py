@@ -42,7 +42,7 @@ def convert(
 ) -> None:
     """Write a checkpoint anew in either dialect, with all that lies beside its weights, or as a GGUF file."""
     from nemotron_h.checkpoint.card import parent_name
-    from nemotron_h.checkpoint.load import checkpoint_folder
+    from nemotron_h.checkpoint.load import checkpoint_folder, refuse_integers
     from nemotron_h.cli.pull import folder_of
     from nemotron_h.errors import RequestError
 
@@ -52,6 +52,7 @@ def convert(
         if to != Target.GGUF and given is not None:
             raise RequestError(f"{name}: must be given with --to gguf alone; got --to {to}")
     folder = checkpoint_folder(folder_of(path))
+    refuse_integers(folder)
     name = Path(parent_name(folder)).name
     if to == Target.GGUF:
         matrices = matrices or GgufType.BF16

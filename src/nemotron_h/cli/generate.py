@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from nemotron_h.cli.process import HELP_PRECISION
 from nemotron_h.errors import RequestError
 
 AT_ONCE = 16  # prompts of a batch
@@ -26,7 +27,7 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Draw among so many of the likeliest tokens; 0: all.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text (may be given several times).")] = None,
-    precision: Annotated[str, typer.Option(help="bfloat16, float32, or auto: what is fast here.")] = "auto",
+    precision: Annotated[str, typer.Option(help=HELP_PRECISION)] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on after an end token.")] = False,
     ignore_defaults: Annotated[

@@ -2,6 +2,9 @@
 
 import os
 
+# of --precision
+HELP_PRECISION = "bfloat16, float32, int8, int4, or auto: as the folder's integers are, else what is fast here."
+
 
 def settle() -> None:
     """No more threads than this process may have cores, torch counting the machine's where a container may have fewer;

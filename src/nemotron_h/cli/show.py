@@ -1,6 +1,7 @@
 """`nemotron-h show`: what a model is made of, and what it needs at a context."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,30 +30,47 @@ def show(
 
     if model is None and not this_machine:
         raise RequestError("PRESET|PATH: must be given, or --machine; got neither; --help shows the usage")
-    config = None if model is None else model_config(model)
+    config, stored = (None, None) if model is None else (model_config(model), weights_format(model))
     if as_json:
-        named = {} if config is None else {"model": model, **facts(config)}
+        named = {} if config is None else {"model": model, "format": stored, **facts(config)}
         print(json.dumps(named | ({"machine": machine_facts()} if this_machine else {})))
         return
     from rich.console import Console
 
     console = Console()
-    parts = [] if model is None or config is None else [*made_of(model, config), *needs(config)]
+    parts = [] if model is None or config is None else [*made_of(model, config, stored), *needs(config)]
     for part in (*parts, *(drawn_machine(machine_facts()) if this_machine else ())):
         console.print(part, highlight=False)
 
 
 def model_config(model: str) -> "ModelConfig":
     """A preset's config, or that of a config.json, a checkpoint folder, or a name on the Hub."""
-    from nemotron_h.cli.pull import folder_of
-    from nemotron_h.config.keys import CONFIG_FILE
-    from nemotron_h.config.presets import PRESETS, preset
+    from nemotron_h.config.presets import preset
     from nemotron_h.config.published import read_config
 
+    path = config_path(model)
+    return preset(model) if path is None else read_config(path)
+
+
+def weights_format(model: str) -> str | None:
+    """What the weights are stored in; None: a preset has none."""
+    from nemotron_h.cli.ls import stored_format
+    from nemotron_h.config.keys import CONFIG_FILE, read_object
+
+    path = config_path(model)
+    return None if path is None or path.name != CONFIG_FILE else stored_format(path.parent, read_object(path))
+
+
+def config_path(model: str) -> Path | None:
+    """The config.json that is meant; None: a preset is."""
+    from nemotron_h.cli.pull import folder_of
+    from nemotron_h.config.keys import CONFIG_FILE
+    from nemotron_h.config.presets import PRESETS
+
     if model in PRESETS or ("/" not in model and not Path(model).exists()):
-        return preset(model)
+        return None
     path = folder_of(model, weights=False)
-    return read_config(path / CONFIG_FILE if path.is_dir() else path)
+    return path / CONFIG_FILE if path.is_dir() else path
 
 
 def machine_facts() -> dict[str, Any]:
@@ -61,7 +79,7 @@ def machine_facts() -> dict[str, Any]:
 
     from nemotron_h import machine
     from nemotron_h.cli.process import settle
-    from nemotron_h.ops.jit import linear, scalars
+    from nemotron_h.ops.jit import linear, quads, scalars
 
     settle()  # as the verbs that compute do
     rates, memory = machine.matmul_rates(), machine.memory()
@@ -78,9 +96,19 @@ def machine_facts() -> dict[str, Any]:
         "precision": machine.best_precision(rates),
         "kernels": scalars.MISSING or "compiled by numba",
         "few_rows": "our kernel" if linear.RUNS else "oneDNN",
+        "integers": integers(quads, scalars.FEATURES),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "torch": torch.__version__,
     }
+
+
+def integers(quads: Any, features: Mapping[str, bool]) -> str:
+    """What the products of integers are made of (`ops/jit/quads.py`)."""
+    if not features:
+        return "torch, in float64"
+    if quads.ADDS_QUADS:
+        return f"VNNI, {quads.LANES} sums at a time"
+    return "AVX2, pairs at a time" if features.get("avx2", False) else "one by one"
 
 
 def drawn_machine(facts: dict[str, Any]) -> list["RenderableType"]:
@@ -101,6 +129,7 @@ def drawn_machine(facts: dict[str, Any]) -> list["RenderableType"]:
         ("precision=auto takes", facts["precision"]),
         ("CPU kernels", facts["kernels"]),
         ("few rows in bfloat16", facts["few_rows"]),
+        ("products in int8 and int4", facts["integers"]),
         ("GPUs that torch sees", ", ".join(facts["gpus"]) or "none"),
         ("torch", facts["torch"]),
     ]
@@ -136,8 +165,8 @@ def with_total(terms: dict[str, Any]) -> dict[str, Any]:
     return {**terms, "total": sum(terms.values())}
 
 
-def made_of(model: str, config: "ModelConfig") -> list["RenderableType"]:
-    """A headline, the layers in order, and the parameters by kind."""
+def made_of(model: str, config: "ModelConfig", stored: str | None) -> list["RenderableType"]:
+    """A headline, the layers in order, and the parameters by kind. stored: what the weights are in, where known."""
     from nemotron_h.config.cost import parameters
     from nemotron_h.config.pattern import NAMES
     from nemotron_h.report.layers import layer_map
@@ -148,7 +177,7 @@ def made_of(model: str, config: "ModelConfig") -> list["RenderableType"]:
     total = sum(counts.values())
     shares = [(kind, count, f"{100 * count / total:.1f} %") for kind, count in counts.items()]
     return [
-        f"{model}: {format_count(total)} parameters ({total:,})",
+        f"{model}: {format_count(total)} parameters ({total:,})" + (f" in {stored}" if stored is not None else ""),
         f"{len(config.layers)} layers, hidden {config.hidden_size}, vocabulary {config.vocab_size:,}",
         "",
         layer_map(config.pattern, NAMES),

@@ -6,10 +6,12 @@ from typing import Annotated
 
 import typer
 
+from nemotron_h.cli.process import HELP_PRECISION
+
 
 def verify(
     path: Annotated[str, typer.Argument(help="A checkpoint folder, or org/name[@revision] on the Hub.")],
-    precision: Annotated[str, typer.Option(help="bfloat16, float32, or auto: what is fast here.")] = "auto",
+    precision: Annotated[str, typer.Option(help=HELP_PRECISION)] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -32,8 +34,7 @@ def verify(
     model = load(folder, precision=precision, device=device).model
     found = find(model)
     model.row_multiple = found.multiple  # as an engine would find it
-    dtype = str(model.compute_dtype).removeprefix("torch.")
-    made = f"{dtype} on {model.device}, rows in multiples of {model.row_multiple}"
+    made = f"{model.precision} on {model.device}, rows in multiples of {model.row_multiple}"
     if not as_json:
         print(f"{path} in {made}")
     findings = []
