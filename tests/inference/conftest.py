@@ -43,7 +43,8 @@ def build() -> Callable[..., Hybrid]:
 
     def model_of(*, precision: str = "float32", seed: int = 0) -> Hybrid:
         compute_dtype = PRECISIONS.get(precision, torch.bfloat16)
-        model = Hybrid(CONFIG, dtype=torch.float32, compute_dtype=compute_dtype)
+        dtype = compute_dtype if precision in BITS else torch.float32
+        model = Hybrid(CONFIG, dtype=dtype, compute_dtype=compute_dtype)
         initialise(model, seed)
         with torch.no_grad():
             model.head_weight.mul_(8)

@@ -36,6 +36,7 @@ from nemotron_h.inference.store import Store
 from nemotron_h.model import fingerprint
 from nemotron_h.model.check import Arithmetic, start_up
 from nemotron_h.model.hybrid import Hybrid
+from nemotron_h.model.recorded import Calls
 from nemotron_h.ops.shapes import expect
 from nemotron_h.text.tokenizer import Tokenizer
 
@@ -78,6 +79,7 @@ class Engine:
         self._drawn_from = drawable(known, model.config.vocab_size)
         self._news = News()
         self._versions = fingerprint.versions(model)
+        self._calls = Calls(model, self.memory.state, recorded=self.arithmetic.holds)
         self._sessions = Sessions(self.memory, model, tokenizer, exact=self.arithmetic.holds)
         if self.config.snapshot_folder is not None and self.arithmetic.holds:
             self._open_store(self.config.snapshot_folder)
@@ -181,7 +183,7 @@ class Engine:
             return self._news.take()
         try:
             rows = calls(counts, alone=not scheduler.exact)
-            read(self.model, self.memory.state, scheduler.running, counts, rows)
+            read(self._calls, scheduler.running, counts, rows)
         except BaseException:
             with self._all_or_nothing():
                 scheduler.retract()  # rows are half-written, and nothing else is
@@ -255,6 +257,7 @@ class Engine:
         with self._all_or_nothing():
             self.scheduler.retract()
             self.memory.forget()
+        self._calls.forget()
         self._sessions = Sessions(self.memory, self.model, self.tokenizer, exact=self.arithmetic.holds)
         if self.scheduler.store is not None:
             LOG.warning("the weights have changed: the folder of snapshots is not used any more")

@@ -120,13 +120,17 @@ class Hybrid(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, hidden) -> (rows, vocab) float32. Rows in a multiple of row_multiple have bits of their own."""
+        return self.head(hidden).float()
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """The same as the product gives it: in hidden's dtype, or of a head in integers in float32."""
         match self.lm_head:
             case QuantizedLinear() as head:
                 return head(hidden, torch.float32)  # type: ignore[no-any-return]
             case Linear() as head:
-                return head(hidden).float()  # type: ignore[no-any-return]
+                return head(hidden)  # type: ignore[no-any-return]
             case _:
-                return linear(hidden, self.backbone.embeddings.weight).float()
+                return linear(hidden, self.backbone.embeddings.weight)
 
     @property
     def last_mixing(self) -> int:

@@ -68,7 +68,7 @@ class QuantizedLinear(nn.Module):
     @cached_property
     def rounded_to(self) -> int:
         """Bits of a row."""
-        return int(self.get_parameter(ROW_BITS))
+        return int(self.get_parameter(ROW_BITS).detach().cpu().numpy())
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """dtype: of the product, x's own where None."""

@@ -24,6 +24,8 @@ from nemotron_h.ops.steps import steps
 class Mamba(nn.Module):
     """u (rows, hidden) -> (rows, hidden); of `rows` alone where they are given."""
 
+    _rates: tuple[tuple[int, int], Tensor] | None = None  # decay rates, and of which A_log
+
     def __init__(
         self, config: MambaConfig, hidden_size: int, epsilon: float, *, dtype: torch.dtype, device: torch.device
     ) -> None:
@@ -44,7 +46,7 @@ class Mamba(nn.Module):
         z, xbc, raw = self.in_proj(u).split([config.inner_size, config.conv_channels, config.num_heads], dim=-1)
         weight, bias = self.conv1d.weight.to(u.dtype), self.conv1d.bias.to(u.dtype)
         convolved = causal_conv(xbc, weight, bias, segments, state.conv if state is not None else None)
-        A, limit = -torch.exp(self.A_log), config.time_step_limit
+        A, limit = self.decay_rates(), config.time_step_limit
         dt, a = steps(raw, self.dt_bias, A, limit, segments, state.dt if state is not None else None)
         y = ssd(
             convolved, dt, a, self.D, segments, state.past if state is not None else None,
@@ -56,6 +58,15 @@ class Mamba(nn.Module):
             y, z = y[rows], z[rows]
         normed = gated_rms_norm(y, z, self.norm.weight.to(u.dtype), config.num_groups, self.epsilon)
         return self.out_proj(normed)  # type: ignore[no-any-return]
+
+    def decay_rates(self) -> Tensor:
+        """A (heads,), kept as long as A_log is what it was and wants no gradient."""
+        if torch.is_grad_enabled() and self.A_log.requires_grad:
+            return -torch.exp(self.A_log)
+        version = (id(self.A_log), 0 if self.A_log.is_inference() else self.A_log._version)
+        if self._rates is None or self._rates[0] != version:
+            self._rates = version, -torch.exp(self.A_log.detach())
+        return self._rates[1]
 
 
 class Taps(nn.Module):

@@ -10,7 +10,7 @@ Invariant: a position holds the tokens before it; places of a chunk or page not 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -73,12 +73,18 @@ class Paging:
     places: Tensor  # (tokens,) int64, and its place there
 
     @classmethod
-    def of(cls, tables: Sequence[Sequence[int]], segments: Segments) -> Self:
-        widest = max(len(table) for table in tables)
+    def of(cls, tables: Sequence[Sequence[int]], segments: Segments, blocks: int = 0) -> Self:
+        """blocks: that the table has room for, at least."""
+        widest = max(blocks, *(len(table) for table in tables))
         table = torch.tensor([[*table, *[0] * (widest - len(table))] for table in tables], dtype=torch.int64)
         positions = segments.positions(torch.device("cpu"))[: segments.tokens]
         owners = segments.owners[: segments.tokens]
         return cls(table, table[owners, positions // BLOCK], positions % BLOCK)
+
+    @property
+    def tables(self) -> tuple[Any, ...]:
+        """As arrays of numpy."""
+        return self.table.numpy(), self.pages.numpy(), self.places.numpy()
 
     @classmethod
     def alone(cls, segments: Segments) -> Self:
@@ -141,16 +147,18 @@ class State:
     def __len__(self) -> int:
         return len(self.positions)
 
-    def segments(self, lengths: Sequence[int], multiple: int = ROWS) -> Segments:
+    def segments(self, lengths: Sequence[int], multiple: int = ROWS, rows: range | None = None) -> Segments:
         """The segments of a call that gives each sequence that many new tokens, with pages for all of them. multiple:
-        what the call's rows are padded to."""
-        if len(lengths) != len(self):
+        what the call's rows are padded to; rows: neighbours that the call is of, all where None."""
+        part = slice(None) if rows is None else slice(rows.start, rows.stop)
+        positions, tables = self.positions[part], self.tables[part]
+        if len(lengths) != len(positions):
             raise ShapeError(
-                f"tokens: must hold one row for each sequence of the state; got {len(lengths)}, {len(self)}"
+                f"tokens: must hold one row for each sequence of the state; got {len(lengths)}, {len(positions)}"
             )
-        for position, table, length in zip(self.positions, self.tables, lengths, strict=True):
+        for position, table, length in zip(positions, tables, lengths, strict=True):
             table.extend(self._pages(-(-(position + length) // BLOCK) - len(table)))
-        return Segments(tuple(self.positions), tuple(lengths), multiple)
+        return Segments(tuple(positions), tuple(lengths), multiple)
 
     def _pages(self, count: int) -> list[int]:
         """Numbers of fresh pages; the storage grows by a quarter at least, so that a long sequence rarely copies it."""

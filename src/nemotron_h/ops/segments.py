@@ -186,6 +186,11 @@ class Segments:
                 found.append((index, begin, 0, start))
         return tuple(np.array(column) for column in zip(*found, strict=True))  # type: ignore[return-value]
 
+    @property
+    def tables(self) -> tuple[Any, ...]:
+        """All arrays that kernels read of a call, numpy's; of a call of a few rows their shapes follow from lengths."""
+        return (*self.grid, self.chunk_runs, self.owners.numpy(), self.offsets.numpy(), *self.pieces)
+
     def taps(self, kernel: int) -> Tensor:
         """(kernel, rows) int64: which rows of [carried (segments * (kernel - 1)) | rows] each conv output reads."""
         reach = kernel - 1

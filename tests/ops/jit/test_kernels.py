@@ -1,8 +1,10 @@
+import gc
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +126,7 @@ def test_without_a_folder_to_write_to_kernels_are_compiled_all_the_same_and_that
     with pytest.warns(UserWarning, match="cannot be kept on disk here"):
         launch = kernels.launcher(visit.__wrapped__)
     visits, ranges = np.zeros(8, np.int64), np.zeros(8, np.int64)
-    launch(8, 1, 8, visits, ranges)
+    launch(0, 8, 1, 8, visits, ranges)
     assert (visits == 1).all()
 
 
@@ -137,3 +139,68 @@ def test_kernels_leave_torchs_threads_alone(threads: Callable[[int], None]) -> N
     threads(1)
     visit(64, np.zeros(64, np.int64), np.zeros(64, np.int64))
     assert torch.get_num_threads() == 1
+
+
+@kernels.kernel(1)
+def add_up(start: Any, stop: Any, numbers: Any, sums: Any) -> None:
+    """sums[task] += all numbers so far."""
+    for task in range(start, stop):
+        for place in range(len(numbers)):
+            sums[task] += numbers[place]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_recorded_launches_run_again_in_order_on_the_same_memory(number: int, threads: Callable[[int], None]) -> None:
+    """Each launch reads what the one before wrote, all of it."""
+    threads(number)
+    arrays = [np.ones(50, np.int64), *(np.zeros(50, np.int64) for _ in range(6))]
+    with kernels.recording() as made:
+        for before, after in pairwise(arrays):
+            add_up(50, before, after)
+    assert not made.spoiled
+    assert [array[7] for array in arrays] == [50**k for k in range(7)]
+    given, last = arrays[0], arrays[-1]
+    for array in arrays[1:]:
+        array[:] = 0
+    given[:] = 2
+    del arrays, array, before, after  # what launches are of stays where it is
+    for _ in range(5):
+        gc.collect()
+        made.replay()
+    assert (last > 0).all()
+    assert len(set(last.tolist())) == 1
+    visits, ranges = np.zeros(9, np.int64), np.zeros(9, np.int64)
+    with kernels.recording() as made:
+        visit(9, visits, ranges)
+    visit(9, visits, ranges)  # is none of it
+    made.replay()
+    assert (visits == 3).all()
+
+
+def test_what_torch_computes_spoils_a_recording() -> None:
+    x = torch.ones(4, 4)
+    with kernels.recording() as made:
+        torch.empty(3)
+        x.view(16)[2:].numpy()
+    assert not made.spoiled
+    with kernels.recording() as made:
+        x + 1
+    assert made.spoiled == "aten::add"
+
+
+@kernels.kernel(1)
+def too_much(start: Any, stop: Any, size: Any) -> None:
+    for _ in range(start, stop):
+        np.empty(size[0], np.float64)[0] = 1
+
+
+def test_a_launch_that_fails_when_it_is_run_again_is_told() -> None:
+    size = np.ones(1, np.int64)
+    with kernels.recording() as made:
+        too_much(1, size)
+    made.replay()
+    size[0] = 2**50
+    with pytest.raises(MemoryError, match="a task of a kernel failed"):
+        made.replay()
+    size[0] = 1
+    made.replay()

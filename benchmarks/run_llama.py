@@ -1,0 +1,97 @@
+"""llama.cpp as a contestant, through llama-cpp-python. Arguments: a GGUF file, threads."""
+
+import importlib.metadata
+import sys
+import time
+from collections.abc import Sequence
+
+import llama_cpp as api
+import numpy as np
+from contest import serve
+
+PORTION = 2048  # tokens handed over at a time; it cuts them into its own portions of 512
+
+
+@api.llama_log_callback
+def silent(level: int, text: bytes, data: object) -> None:
+    """It logs hundreds of lines."""
+
+
+api.llama_log_set(silent, None)
+api.llama_backend_init()
+model = api.llama_model_load_from_file(sys.argv[1].encode(), api.llama_model_default_params())
+threads = int(sys.argv[2])
+vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
+ids = np.random.default_rng(0).integers(vocab, size=40_000).tolist()
+Row = tuple[int, int, int, bool]  # token, its position, its sequence, whether its logits are wanted
+
+
+class Context:
+    """Room for so many sequences of so many tokens."""
+
+    def __init__(self, sequences: int, tokens: int) -> None:
+        settings = api.llama_context_default_params()
+        settings.n_ctx, settings.n_seq_max = sequences * tokens, sequences
+        settings.n_batch = max(PORTION, sequences)
+        settings.n_threads = settings.n_threads_batch = threads
+        self.context = api.llama_init_from_model(model, settings)
+        self.batch = api.llama_batch_init(settings.n_batch, 0, 1)
+
+    def read(self, rows: Sequence[Row]) -> None:
+        for first in range(0, len(rows), PORTION):
+            some = rows[first : first + PORTION]
+            self.batch.n_tokens = len(some)
+            for place, (token, position, sequence, wanted) in enumerate(some):
+                self.batch.token[place], self.batch.pos[place] = token, position
+                self.batch.n_seq_id[place], self.batch.logits[place] = 1, wanted
+                self.batch.seq_id[place][0] = sequence
+            if api.llama_decode(self.context, self.batch):
+                raise SystemExit("llama.cpp could not read a batch")
+            api.llama_synchronize(self.context)
+
+    def close(self) -> None:
+        api.llama_batch_free(self.batch)
+        api.llama_free(self.context)
+
+
+def prompt_of(length: int, sequence: int = 0) -> list[Row]:
+    return [(ids[place], place, sequence, place == length - 1) for place in range(length)]
+
+
+def prefill(length: int) -> float:
+    """Tokens per second of a prompt, its last logits included."""
+    context = Context(1, length)
+    began = time.perf_counter()
+    context.read(prompt_of(length))
+    took = time.perf_counter() - began
+    context.close()
+    return length / took
+
+
+def decode(length: int, after: int) -> float:
+    """Tokens per second, one at a time, after a prompt that is not counted."""
+    context = Context(1, after + length)
+    context.read(prompt_of(after))
+    began = time.perf_counter()
+    for place in range(after, after + length):
+        context.read([(ids[place], place, 0, True)])
+    took = time.perf_counter() - began
+    context.close()
+    return length / took
+
+
+def together(sequences: int, prompt: int, new: int) -> float:
+    """New tokens per second of so many requests that come at once, greedy, their prompts counted in the time."""
+    context = Context(sequences, prompt + new)
+    began = time.perf_counter()
+    rows = [row for sequence in range(sequences) for row in prompt_of(prompt, sequence)]
+    context.read(rows)
+    for place in range(prompt, prompt + new):
+        context.read([(ids[place], place, sequence, True) for sequence in range(sequences)])
+    took = time.perf_counter() - began
+    context.close()
+    return sequences * new / took
+
+
+about = {"version": f"llama-cpp-python {importlib.metadata.version('llama-cpp-python')}"}
+serve(about, {"prefill": prefill, "decode": decode, "together": together})
