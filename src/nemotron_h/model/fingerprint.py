@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemotron_h import machine, ops
 from nemotron_h.config.model import ModelConfig
@@ -74,7 +74,14 @@ def versions(model: Hybrid) -> tuple[tuple[int, int], ...]:
     """Of each parameter: which object it is, and how often it was written. Compared with what was taken before, it
     tells in microseconds that weights were replaced or changed in place; what is written through `.data`, or to
     weights made under `torch.inference_mode`, torch does not count."""
-    return tuple((id(p), 0 if p.is_inference() else p._version) for p in model.parameters())
+    found: list[tuple[int, int]] = []
+    modules: list[nn.Module] = [model]
+    for module in modules:  # by hand: it is asked for before each token, and `parameters` takes a millisecond
+        modules += [inner for inner in module._modules.values() if inner is not None]
+        found += [
+            (id(p), 0 if p.is_inference() else p._version) for p in module._parameters.values() if p is not None
+        ]
+    return tuple(found)
 
 
 def shape(config: ModelConfig) -> str:
