@@ -78,9 +78,7 @@ def versions(model: Hybrid) -> tuple[tuple[int, int], ...]:
     modules: list[nn.Module] = [model]
     for module in modules:  # by hand: it is asked for before each token, and `parameters` takes a millisecond
         modules += [inner for inner in module._modules.values() if inner is not None]
-        found += [
-            (id(p), 0 if p.is_inference() else p._version) for p in module._parameters.values() if p is not None
-        ]
+        found += [(id(p), 0 if p.is_inference() else p._version) for p in module._parameters.values() if p is not None]
     return tuple(found)
 
 
