@@ -80,18 +80,18 @@ def decode(length: int, after: int) -> float:
     return length / took
 
 
-def together(sequences: int, prompt: int, new: int) -> float:
+def serving(count: int, length: int, new: int) -> float:
     """New tokens per second of so many requests that come at once, greedy, their prompts counted in the time."""
-    context = Context(sequences, prompt + new)
+    context = Context(count, length + new)
     began = time.perf_counter()
-    rows = [row for sequence in range(sequences) for row in prompt_of(prompt, sequence)]
+    rows = [row for sequence in range(count) for row in prompt_of(length, sequence)]
     context.read(rows)
-    for place in range(prompt, prompt + new):
-        context.read([(ids[place], place, sequence, True) for sequence in range(sequences)])
+    for place in range(length, length + new - 1):
+        context.read([(ids[place], place, sequence, True) for sequence in range(count)])
     took = time.perf_counter() - began
     context.close()
-    return sequences * new / took
+    return count * new / took
 
 
 about = {"version": f"llama-cpp-python {importlib.metadata.version('llama-cpp-python')}"}
-serve(about, {"prefill": prefill, "decode": decode, "together": together})
+serve(about, {"prefill": prefill, "decode": decode, "serving": serving})

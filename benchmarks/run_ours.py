@@ -34,10 +34,24 @@ def decode(length: int, after: int) -> float:
     return count / (time.perf_counter() - began)
 
 
+def serving(count: int, length: int, new: int) -> float:
+    """New tokens per second of so many requests that come at once, prompts that nobody has seen counted in the time."""
+    generator = torch.Generator().manual_seed(time.time_ns())
+    prompts = torch.randint(model.config.vocab_size, (count, length), generator=generator).tolist()
+    began = time.perf_counter()
+    for prompt in prompts:
+        language.engine.add(language.request(prompt, max_tokens=new, ignore_end=True))
+    language.engine.run()
+    return count * new / (time.perf_counter() - began)
+
+
 def peak(length: int) -> int:
     """Peak bytes of the process after a prompt of that length."""
     prefill(length)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-serve({"version": f"nemotron-h {nemotron_h.__version__}"}, {"prefill": prefill, "decode": decode, "peak": peak})
+serve(
+    {"version": f"nemotron-h {nemotron_h.__version__}"},
+    {"prefill": prefill, "decode": decode, "serving": serving, "peak": peak},
+)

@@ -17,7 +17,7 @@ if __name__ == "__main__":
         skip_tokenizer_init=True,
         dtype=sys.argv[2],
         enforce_eager=True,
-        max_model_len=1024,
+        max_model_len=40_000,
         max_num_seqs=16,
     )
     rng = random.Random(0)
@@ -32,4 +32,12 @@ if __name__ == "__main__":
         assert all(len(answer.outputs[0].token_ids) == new for answer in answers)
         return count * new / seconds
 
-    serve({"version": f"vLLM {vllm.__version__}"}, {"serving": serving})
+    def prefill(length: int) -> float:
+        """Tokens per second of a prompt, its first new token included."""
+        prompt = {"prompt_token_ids": [rng.randrange(32_000) for _ in range(length)]}
+        began = time.perf_counter()
+        model.generate([prompt], SamplingParams(temperature=0, max_tokens=1, detokenize=False), use_tqdm=False)
+        return length / (time.perf_counter() - began)
+
+    answers_to = {"serving": serving, "prefill": prefill}
+    serve({"version": f"vLLM {vllm.__version__}"}, answers_to)
