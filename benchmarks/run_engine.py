@@ -13,9 +13,9 @@ import nemotron_h
 from nemotron_h import Engine, EngineConfig, Request
 from nemotron_h.inference.load import load
 from nemotron_h.inference.request import Answer
-from nemotron_h.machine import keep_freed_memory
+from nemotron_h.machine import tune_memory
 
-keep_freed_memory()  # as the command does
+tune_memory()  # as the command does
 language = load(sys.argv[1], precision=sys.argv[2])
 model = language.model
 rng = random.Random(0)

@@ -10,9 +10,9 @@ from contest import serve
 import nemotron_h
 from nemotron_h.inference import naive
 from nemotron_h.inference.load import load
-from nemotron_h.machine import keep_freed_memory
+from nemotron_h.machine import tune_memory
 
-keep_freed_memory()  # as the command does
+tune_memory()  # as the command does
 language = load(sys.argv[1], precision=sys.argv[2])
 model = language.model
 ids = torch.randint(model.config.vocab_size, (40_000,), generator=torch.Generator().manual_seed(0)).tolist()

@@ -12,10 +12,10 @@ from contest import serve
 import nemotron_h
 from nemotron_h.checkpoint.load import load
 from nemotron_h.data.batches import Batch
-from nemotron_h.machine import keep_freed_memory
+from nemotron_h.machine import tune_memory
 from nemotron_h.training.step import next_token_loss, train_step
 
-keep_freed_memory()  # as the command does
+tune_memory()  # as the command does
 model = load(Path(sys.argv[1]), dtype=torch.float32, compute_dtype=getattr(torch, sys.argv[2])).train()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=True)
 

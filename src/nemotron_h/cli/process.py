@@ -14,8 +14,8 @@ def settle() -> None:
     """
     import torch
 
-    from nemotron_h.machine import cores, keep_freed_memory
+    from nemotron_h.machine import cores, tune_memory
 
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > (count := cores()):
         torch.set_num_threads(count)
-    keep_freed_memory()
+    tune_memory()
