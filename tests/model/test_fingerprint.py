@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nemotron_h import machine
 from nemotron_h.config.settings import first_difference
 from nemotron_h.model import fingerprint
-from nemotron_h.model.fingerprint import WORDS, arithmetic, multipliers, run_sums, shape, versions, weights
+from nemotron_h.model.fingerprint import WORDS, Versions, arithmetic, multipliers, run_sums, shape, weights
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.model.init import initialise
 from nemotron_h.model.linear import Linear
@@ -125,30 +125,37 @@ def test_tensors_that_changed_places_or_dtype_or_shape_are_noticed() -> None:
     assert weights(zero[0]) != weights(zero[1])
 
 
-def test_versions_change_where_weights_do() -> None:
+def test_versions_hold_until_weights_change() -> None:
     plain = net(torch.float32)
-    before = versions(plain)
+    before = Versions(plain)
     plain(random_tokens(1, 5, seed=0)).sum().backward()
     weights(plain)
-    assert versions(plain) == before
+    assert before.hold
+    net(torch.float32)  # another model's parameters are none of it
+    assert before.hold
     norm = plain.backbone.norm_f
     before_norm, norm.weight = norm.weight, nn.Parameter(norm.weight.detach().clone())
     assert norm.weight._version == before_norm._version
-    replaced = versions(plain)
-    assert replaced != before
+    assert not before.hold
+    norm.weight = before_norm
+    assert before.hold
+    replaced = Versions(plain)
     torch.optim.SGD(plain.parameters(), lr=0.1).step()
-    assert versions(plain) != replaced
-    replaced = versions(plain)
+    assert not replaced.hold
+    replaced = Versions(plain)
+    plain.lm_head = Linear(*reversed(plain.head_weight.shape), dtype=torch.float32, device=torch.device("cpu"))
+    assert not replaced.hold
+    replaced = Versions(plain)
     plain.pack()
-    assert versions(plain) != replaced
-    assert versions(plain) == versions(plain)
+    assert not replaced.hold
+    assert Versions(plain).hold
 
 
 @torch.inference_mode()
 def test_weights_that_torch_does_not_count_have_a_version_too() -> None:
     plain = Hybrid(FAMILY["4b"])
     initialise(plain, seed=0)
-    assert versions(plain) == versions(plain)
+    assert Versions(plain).hold
 
 
 @contextmanager

@@ -78,7 +78,7 @@ class Engine:
         known = tokenizer.known_ids if tokenizer is not None else None
         self._drawn_from = drawable(known, model.config.vocab_size)
         self._news = News()
-        self._versions = fingerprint.versions(model)
+        self._versions = fingerprint.Versions(model)
         self._calls = Calls(model, self.memory.state, recorded=self.arithmetic.holds)
         self._sessions = Sessions(self.memory, model, tokenizer, exact=self.arithmetic.holds)
         if self.config.snapshot_folder is not None and self.arithmetic.holds:
@@ -251,9 +251,9 @@ class Engine:
 
     def _notice_weights(self) -> None:
         """Where weights have changed, what was read by the old ones is forgotten, and who runs begins again."""
-        versions = fingerprint.versions(self.model)
-        if versions == self._versions:
+        if self._versions.hold:
             return
+        versions = fingerprint.Versions(self.model)
         with self._all_or_nothing():
             self.scheduler.retract()
             self.memory.forget()

@@ -36,9 +36,9 @@ class Sessions:
     def __init__(self, memory: Memory, model: Hybrid, tokenizer: Tokenizer | None, *, exact: bool) -> None:
         """exact: one arithmetic holds here."""
         self.memory, self.model, self.tokenizer, self.exact = memory, model, tokenizer, exact
-        self._versions = fingerprint.versions(model)
+        self._versions = fingerprint.Versions(model)
         self._prints: dict[str, Any] = {}
-        self._prints_of: object = None  # versions of the weights
+        self._prints_of: fingerprint.Versions | None = None
 
     def held(
         self,
@@ -96,19 +96,18 @@ class Sessions:
     @property
     def present(self) -> bool:
         """Are the weights those that were when this was made? Else its snapshots are of no use."""
-        return fingerprint.versions(self.model) == self._versions
+        return self._versions.hold
 
     @property
     def prints(self) -> dict[str, Any]:
         """Fingerprints that a session must agree in. The first time with these weights, a pass over all of them."""
-        versions = fingerprint.versions(self.model)
-        if versions != self._prints_of:
+        if self._prints_of is None or not self._prints_of.hold:
             self._prints_of, self._prints = (
-                versions,
+                fingerprint.Versions(self.model),
                 {
                     "shape": fingerprint.shape(self.model.config),
                     "weights": fingerprint.weights(self.model),
-                    "precision": str(self.model.compute_dtype).removeprefix("torch."),
+                    "precision": self.model.precision,
                     "tokenizer": self.tokenizer.digest if self.tokenizer is not None else None,
                 },
             )

@@ -6,6 +6,7 @@ state, or the result of a check, is used again only where they agree.
 
 import hashlib
 import json
+import operator
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from nemotron_h import machine, ops
 from nemotron_h.config.model import ModelConfig
@@ -70,16 +75,45 @@ def multipliers() -> Tensor:
     return torch.from_numpy((upper | np.arange(1, 2 * WORDS, 2, dtype=np.uint64)).view(np.int64))
 
 
-def versions(model: Hybrid) -> tuple[tuple[int, int], ...]:
-    """Of each parameter: which object it is, and how often it was written. Compared with what was taken before, it
-    tells in microseconds that weights were replaced or changed in place; what is written through `.data`, or to
-    weights made under `torch.inference_mode`, torch does not count."""
-    found: list[tuple[int, int]] = []
-    modules: list[nn.Module] = [model]
-    for module in modules:  # by hand: it is asked for before each token, and `parameters` takes a millisecond
-        modules += [inner for inner in module._modules.values() if inner is not None]
-        found += [(id(p), 0 if p.is_inference() else p._version) for p in module._parameters.values() if p is not None]
-    return tuple(found)
+class Versions:
+    """Which objects a model's parameters are, and how often each was written, as of now.
+
+    Compared with how they are later, it tells that weights were replaced or changed in place; what is written through
+    `.data`, or to weights made under `torch.inference_mode`, torch does not count. It is asked for before each token,
+    when everything else has just been driven out of the caches: so it looks at counters alone, and walks through the
+    model only where some model, anywhere, was given a parameter or a module.
+    """
+
+    def __init__(self, model: Hybrid) -> None:
+        self._model, self._registered = model, REGISTERED.count
+        self._parameters = tuple(model.parameters())
+        self._counted = [p for p in self._parameters if not p.is_inference()]
+        self._writes = list(map(WRITES, self._counted))
+
+    @property
+    def hold(self) -> bool:
+        """Are they what they were?"""
+        if self._registered != REGISTERED.count:
+            registered, now = REGISTERED.count, tuple(self._model.parameters())
+            if len(now) != len(self._parameters) or any(a is not b for a, b in zip(now, self._parameters, strict=True)):
+                return False
+            self._registered = registered
+        return list(map(WRITES, self._counted)) == self._writes
+
+
+class Registered:
+    """How many parameters and modules were given to modules in this process."""
+
+    count = 0
+
+    def note(self, *_: object) -> None:
+        self.count += 1
+
+
+WRITES = operator.attrgetter("_version")
+REGISTERED = Registered()
+register_module_parameter_registration_hook(REGISTERED.note)
+register_module_module_registration_hook(REGISTERED.note)
 
 
 def shape(config: ModelConfig) -> str:

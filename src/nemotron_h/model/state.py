@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,10 +77,13 @@ class Paging:
     def of(cls, tables: Sequence[Sequence[int]], segments: Segments, blocks: int = 0) -> Self:
         """blocks: that the table has room for, at least."""
         widest = max(blocks, *(len(table) for table in tables))
-        table = torch.tensor([[*table, *[0] * (widest - len(table))] for table in tables], dtype=torch.int64)
-        positions = segments.positions(torch.device("cpu"))[: segments.tokens]
-        owners = segments.owners[: segments.tokens]
-        return cls(table, table[owners, positions // BLOCK], positions % BLOCK)
+        table = np.zeros((len(tables), widest), dtype=np.int64)
+        for own, pages in zip(table, tables, strict=True):
+            own[: len(pages)] = pages
+        owners, offsets = segments.owners.numpy()[: segments.tokens], segments.offsets.numpy()[: segments.tokens]
+        positions = offsets + np.array(segments.starts)[owners]
+        found = table, table[owners, positions // BLOCK], positions % BLOCK
+        return cls(*map(torch.from_numpy, found))
 
     @property
     def tables(self) -> tuple[Any, ...]:

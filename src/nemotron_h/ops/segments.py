@@ -140,12 +140,22 @@ class Segments:
     def grid(self) -> tuple[Any, Any, Any, Any]:
         """Of each chunk, as int64 arrays of numpy: its segment, -1 where it has no place in use, the place of its first
         new row, how many new rows it has, and the first of them in the call."""
+        if self.few:
+            return self._grid_of_few
         begins = np.zeros(self.num_chunks, dtype=np.int64)
         begins[list(self.chunk_begins)] = self.carried
         counts = np.bincount(self.places.numpy() // CHUNK, minlength=self.num_chunks)
-        owners = np.arange(len(self)).repeat(self.room)
-        if self.few:
-            owners[1::2] = np.where(np.array(self.chunks) > 1, owners[1::2], -1)
+        return np.arange(len(self)).repeat(self.room), begins, counts, counts.cumsum() - counts
+
+    @property
+    def _grid_of_few(self) -> tuple[Any, Any, Any, Any]:
+        """The same of two chunks each: before each token there is no time for more."""
+        owners, begins, counts = np.zeros((3, 2 * len(self)), dtype=np.int64)
+        lengths, carried = np.array(self.lengths), (np.array(self.starts) - 1) % CHUNK + 1
+        own = np.arange(len(self))
+        begins[::2], counts[::2] = carried, np.minimum(lengths, CHUNK - carried)
+        counts[1::2] = lengths - counts[::2]
+        owners[::2], owners[1::2] = own, np.where(counts[1::2] > 0, own, -1)
         return owners, begins, counts, counts.cumsum() - counts
 
     @cached_property
