@@ -3,9 +3,9 @@
     python benchmarks/race.py [--llama PYTHON] [--vllm PYTHON] [--transformers PYTHON] [--n 5] [--part PART]
 
 Each part is a file of results, written when it is measured; run again, parts that this commit has measured are left
-out. `peers.sh` makes the environments of the peers; one that is not given is not in the table. Weights are random: what
-a format costs in accuracy is the part `loss`. All are given the same weights; llama.cpp as bf16, Q8_0 and Q4_0, whose
-head and embedding are Q8_0.
+out. `peers.sh` makes the environments of the peers; one that is not given is not in the table. All are given the same
+weights, llama.cpp as bf16, Q8_0 and Q4_0, whose head and embedding are Q8_0. They are random: nothing here says what a
+format costs in accuracy.
 """
 
 import argparse

@@ -80,7 +80,7 @@ def quantize(
     whole, done = sum(sizes.values()), 0
     stream = _embedded(model, text)
     now = _embedded(model, held_out) if held_out is not None else []
-    before = [(x.clone(), segments) for x, segments in now]
+    before = list(now)
     matrices: list[MatrixReport] = []
     errors: list[float] = []
 

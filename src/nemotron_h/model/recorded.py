@@ -1,6 +1,6 @@
 """Calls of a few rows a sequence, recorded as they are first made and run again from then on.
 
-    logits = calls(tokens, segments, state, rows)
+    logits = calls(tokens, segments, rows)
 
 A step of generation launches hundreds of kernels, and to do it from Python takes longer than they do. But one step is
 like the last: the same launches of the same memory. What differs, tokens and where sequences stand, are tables, whose
@@ -24,7 +24,7 @@ from nemotron_h.model.state import Paging, State
 from nemotron_h.ops.jit.kernels import Recording, recording
 from nemotron_h.ops.segments import Segments
 
-MOST = 32  # calls of different lengths that are kept
+MOST = 8  # calls of different lengths that are kept: each holds what its layers compute
 BLOCKS = 16  # pages that a sequence's table grows by
 
 Key = tuple[int, tuple[int, ...], int]  # first sequence, rows of each, pages that the tables have room for

@@ -67,6 +67,15 @@ if numba is not None:
 
 
 @piece
+def largest(row):  # type: ignore[no-untyped-def]
+    compile_once()
+    top = f(0)
+    for j in range(len(row)):
+        top = max(top, abs(row[u(j)]))
+    return top
+
+
+@piece
 def least(found):  # type: ignore[no-untyped-def]
     place = 0
     for q in range(1, LANES):
@@ -85,9 +94,7 @@ def nearest_8(
     steps, found = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     for o in range(start, stop):
         row = weight[o]
-        top = f(0)
-        for j in range(ins):
-            top = max(top, abs(row[u(j)]))
+        top = largest(row)
         if top < LEAST:
             scale[o] = f(0)
             integers[o] = 0
@@ -144,12 +151,9 @@ def nearest_4(
     start: Any, stop: Any, weight: Any, worth: Any, factors: Any, codes: Any, groups: Any, scale: Any
 ) -> None:
     """As `nearest_8`: codes uint8 (outs, ins), groups uint8 (outs, groups), scale (outs,)."""
-    ins = weight.shape[1]
     for o in range(start, stop):
         row = weight[o]
-        top = f(0)
-        for j in range(ins):
-            top = max(top, abs(row[u(j)]))
+        top = largest(row)
         if top < LEAST:
             scale[o] = f(0)
             codes[o] = 8
