@@ -9,6 +9,7 @@ BLOCK = 256  # keys of one attention product, a multiple of CHUNK
 # At other counts than multiples of these, CPU kernels take other paths through a matrix product, with other bits:
 ROWS = 4  # its rows
 DEPTH = 8  # the channels that it sums over (seen in float32 on three threads and more)
+AHEAD = 15  # tokens that may be read before it is known that they come, and taken back
 
 
 def round_up(count: int, multiple: int) -> int:

@@ -13,7 +13,7 @@ from nemotron_h.model.init import initialise
 from nemotron_h.precision.weights import BITS
 from nemotron_h.text.bpe import train
 from nemotron_h.text.tokenizer import Tokenizer
-from tests.model.shapes import in_integers
+from tests.model.shapes import as_engines_find_it, in_integers
 
 PROSE = "Grüße aus Köln: 你好, 世界! Привет, мир. 🙂👩‍👧 the hybrid writes what it has read\n"
 CONFIG = ModelConfig.from_pattern(
@@ -48,6 +48,7 @@ def build() -> Callable[..., Hybrid]:
         initialise(model, seed)
         with torch.no_grad():
             model.head_weight.mul_(8)
+        as_engines_find_it(model)
         if precision in BITS:
             in_integers(model, precision)
         return model.eval()

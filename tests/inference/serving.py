@@ -1,14 +1,18 @@
 """What an engine's answers are compared with, and what must hold of its memory at any time."""
 
+import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice, takewhile
 
+import pytest
 from torch import Tensor
 
 from nemotron_h.config.engine import EngineConfig
+from nemotron_h.grid import AHEAD
 from nemotron_h.inference import naive
+from nemotron_h.inference.drafts import Lookup
 from nemotron_h.inference.engine import Engine
 from nemotron_h.inference.memory import Sizes
 from nemotron_h.inference.request import Answer, Finish, Request
@@ -153,3 +157,19 @@ def check_conserved(engine: Engine) -> None:
     assert owed <= len(memory.pages.free)
     for snapshot in prefixes.snapshots.values():
         assert prefixes.along(snapshot.node.path, snapshot.node.salt)[-1:] == [snapshot]
+
+
+def foretold(monkeypatch: pytest.MonkeyPatch, engine: Engine, alone: Alone, wrong: random.Random | None) -> None:
+    """Let drafts be what is going to come, up to where `wrong` has it, and something else from there on."""
+
+    def plan(lookups: Sequence[Lookup], tokens: Sequence[Sequence[int]], rooms: Sequence[int]) -> list[list[int]]:
+        drafts = []
+        for sequence, most in zip(engine.scheduler.running, rooms, strict=True):
+            answer, room = sequence.answer, min(most, AHEAD)
+            right = alone(answer)[0][len(answer.ids) :][:room]
+            if wrong is not None:
+                right = right[: wrong.randrange(room + 2)]
+            drafts.append(right + [0] * (room - len(right)) if wrong is not None else right)
+        return drafts
+
+    monkeypatch.setattr(engine._drafts, "plan", plan)

@@ -77,7 +77,7 @@ def without_logits(self: Memory, snapshots: Any) -> dict[str, Tensor]:
 
 BUGS = {
     "stale slot": (State, "copy_slot", stale_slot, "boundary"),
-    "snapshot off by one": (Memory, "keep", off_by_one, "conv"),
+    "snapshot off by one": (Memory, "keep", off_by_one, "logits"),  # the state can go back, what it gave cannot
     "missing conv inputs": (State, "copy_slot", copied(without_conv_inputs), "conv"),
     "wrong head group": (State, "copy_slot", copied(of_another_group), "B"),
     "dropped page": (State, "copy_slot", copied(with_a_page_dropped), "keys"),

@@ -460,9 +460,13 @@ class InexactLife(Life):
 
 def live(life: type[Life], model: Hybrid, *, lives: int, events: int = 40) -> int:
     """Random lives; how many events they had."""
-    own = type(
-        life.__name__, (life,), {"model": model, "alone": Alone(model), "arithmetic": fingerprint.arithmetic(model)}
-    )
+    known = {
+        "model": model,
+        "alone": Alone(model),
+        "arithmetic": fingerprint.arithmetic(model),
+        "measured": replace(life.measured, multiple=model.row_multiple),
+    }
+    own = type(life.__name__, (life,), known)
     slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         own, settings=settings(max_examples=lives, stateful_step_count=events, suppress_health_check=slow)

@@ -165,12 +165,26 @@ def test_an_empty_prompt_begins_a_text(language: LanguageModel) -> None:
     assert isinstance(language.generate("", max_tokens=3, ignore_end=True), str)
 
 
-def test_bfloat16_is_the_default(folder: Path) -> None:
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float], None]:
+    """A machine that multiplies bfloat16 and float32 at these rates."""
+
+    def rates(bfloat16: float, float32: float) -> None:
+        monkeypatch.setattr(room, "rates", lambda device: {"bfloat16": bfloat16, "float32": float32})
+
+    return rates
+
+
+def test_bfloat16_is_the_default(folder: Path, measured: Callable[[float, float], None]) -> None:
+    measured(400e9, 170e9)
     assert load(folder).model.compute_dtype == torch.bfloat16
     assert load(folder, precision="float32").model.head_weight.dtype == torch.float32
 
 
-def test_what_was_loaded_is_packed_frozen_and_saved_as_it_was(folder: Path, tmp_path: Path) -> None:
+def test_what_was_loaded_is_packed_frozen_and_saved_as_it_was(
+    folder: Path, tmp_path: Path, measured: Callable[[float, float], None]
+) -> None:
+    measured(400e9, 170e9)
     language = load(folder, precision="bfloat16")
     assert not any(parameter.requires_grad for parameter in language.model.parameters())
     language.save(tmp_path / "again")
@@ -182,16 +196,6 @@ def test_what_was_loaded_is_packed_frozen_and_saved_as_it_was(folder: Path, tmp_
     assert ids == list(plain.tokens([5, 9], max_tokens=5, ignore_end=True))
 
 
-@pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float], None]:
-    """A machine that multiplies bfloat16 and float32 at these rates."""
-
-    def rates(bfloat16: float, float32: float) -> None:
-        monkeypatch.setattr(room, "rates", lambda device: {"bfloat16": bfloat16, "float32": float32})
-
-    return rates
-
-
 def test_auto_takes_what_the_machine_multiplies_fast(folder: Path, measured: Callable[[float, float], None]) -> None:
     measured(400e9, 170e9)
     assert load(folder).model.compute_dtype == torch.bfloat16
@@ -201,7 +205,10 @@ def test_auto_takes_what_the_machine_multiplies_fast(folder: Path, measured: Cal
         assert load(folder, precision="bfloat16").model.compute_dtype == torch.bfloat16
 
 
-def test_what_cannot_fit_is_refused_with_both_numbers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_fit_is_refused_with_both_numbers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, measured: Callable[[float, float], None]
+) -> None:
+    measured(400e9, 170e9)
     config = read_config(folder / "config.json")
     narrow, wide = (needed_bytes(config, name) for name in ("bfloat16", "float32"))
     weights = sum(p.nbytes for p in read(folder, dtype=torch.bfloat16).model.parameters())

@@ -28,7 +28,7 @@ REQUEST = Request(ids=ids(300), max_tokens=5, logprobs=1)
 
 def config(folder: Path, **change: object) -> EngineConfig:
     """Room for few snapshots in memory."""
-    small = EngineConfig(max_running=2, memory_bytes=600_000, portion_tokens=96, poisoned=True, snapshot_folder=folder)
+    small = EngineConfig(max_running=2, memory_bytes=680_000, portion_tokens=96, poisoned=True, snapshot_folder=folder)
     return replace(small, **change)
 
 

@@ -74,7 +74,8 @@ def test_the_product_of_a_tied_head_is_among_them(monkeypatch: pytest.MonkeyPatc
 
 def test_logits_that_depend_on_the_cut_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: Linear, x: Tensor) -> Tensor:
-        return linear(x, self.weight) * (1 + 2**-20 * (len(x) == 4 and len(self.weight) == VOCAB))  # the head alone
+        few = len(x) == model("8b").row_multiple
+        return linear(x, self.weight) * (1 + 2**-20 * (few and len(self.weight) == VOCAB))  # the head alone
 
     monkeypatch.setattr(Linear, "forward", broken)
     found = by_name(list(check(model("8b"))))
@@ -158,19 +159,20 @@ def test_where_no_multiple_holds_it_is_said(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @torch.no_grad()
-def failures(name: str, multiple: int = 4) -> list[str]:
-    return [finding.what for finding in room.layers(model(name), multiple) if not finding.holds]
+def failures(name: str) -> list[str]:
+    net = model(name)
+    return [finding.what for finding in room.layers(net, net.row_multiple) if not finding.holds]
 
 
 def test_a_layer_whose_bits_depend_on_the_cut_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(inputs: Tensor, *rest: object) -> Tensor:
-        return conv(inputs, *rest) * (1 + 2**-20 * (len(inputs) == 4))
+        return conv(inputs, *rest) * (1 + 2**-20 * (len(inputs) == few))
 
-    conv = mamba.causal_conv
+    conv, few = mamba.causal_conv, model("8b").row_multiple
     monkeypatch.setattr(mamba, "causal_conv", broken)
     assert "Mamba of layer 0, in pieces, outputs" in failures("8b")
     assert "Mamba of layer 0, in pieces, state" in failures("8b")
-    assert start_up(model("8b"), None).multiple == 8
+    assert start_up(model("8b"), None).multiple == 2 * few
 
 
 def test_a_scan_that_is_wrong_where_a_call_goes_over_the_end_of_a_chunk_is_found(
@@ -194,7 +196,7 @@ def test_a_layer_whose_bits_depend_on_the_company_is_found(monkeypatch: pytest.M
 
     attend = attention.attention_paged
     monkeypatch.setattr(attention, "attention_paged", broken)
-    assert failures("8b", 8) == ["Attention of layer 3, in a batch, outputs"]
+    assert failures("8b") == ["Attention of layer 3, in a batch, outputs"]
     found = start_up(model("8b"), None)
     assert not found.holds
     assert "rows in multiples of 16: Attention of layer 3, in a batch, outputs: " in found.failures[-1]
@@ -212,9 +214,9 @@ def test_a_state_with_other_bits_is_found_though_nothing_reads_them(monkeypatch:
 
 def test_a_feed_forward_layer_that_depends_on_its_rows_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(x: Tensor) -> Tensor:
-        return activation(x) * (1 + 2**-20 * (len(x) == 4))
+        return activation(x) * (1 + 2**-20 * (len(x) == few))
 
-    activation = mlp.relu2
+    activation, few = mlp.relu2, model("8b").row_multiple
     monkeypatch.setattr(mlp, "relu2", broken)
     assert failures("8b") == ["Mlp of layer 1, in pieces, outputs"]
 

@@ -192,9 +192,11 @@ def test_wrong_calls_are_refused_by_name() -> None:
 
 def test_segments_of_a_call() -> None:
     net, tokens = model("8b"), random_tokens(2, 8, seed=15)
-    assert net.segments(tokens) == Segments((0, 0), (8, 8))
-    assert net.segments(tokens, documents=torch.tensor([[0] * 8, [1] * 3 + [2] * 5])) == Segments((0, 0, 0), (8, 3, 5))
+    multiple = net.row_multiple
+    assert net.segments(tokens) == Segments((0, 0), (8, 8), multiple)
+    documents = torch.tensor([[0] * 8, [1] * 3 + [2] * 5])
+    assert net.segments(tokens, documents=documents) == Segments((0, 0, 0), (8, 3, 5), multiple)
     state = net.empty_state(2)
     with torch.no_grad():
         net(tokens, state)
-    assert net.segments(tokens, state) == Segments((8, 8), (8, 8))
+    assert net.segments(tokens, state) == Segments((8, 8), (8, 8), multiple)

@@ -23,7 +23,7 @@ def built(name: str, precision: str) -> Hybrid:
         shapes.in_integers(model, precision)
     model.requires_grad_(False)
     model.pack()
-    model.row_multiple = 1 if model.quantized else 4
+    model.row_multiple = 1 if model.quantized else model.row_multiple
     return model.eval()
 
 

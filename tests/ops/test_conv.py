@@ -23,9 +23,13 @@ def rows(segments: Segments, seed: int, dtype: torch.dtype = torch.float32) -> T
 
 def defined(x: Tensor, weight: Tensor, bias: Tensor, segments: Segments, carried: Tensor | None) -> Tensor:
     """(tokens, channels) in float64, one segment at a time."""
-    parts = []
-    for index, (begin, length) in enumerate(zip(segments.begins, segments.lengths, strict=True)):
-        before = x.new_zeros(weight.shape[-1] - 1, x.shape[1]) if carried is None else carried[index]
+    parts, reach = [], weight.shape[-1] - 1
+    of_segments = zip(segments.starts, segments.begins, segments.lengths, strict=True)
+    for index, (start, begin, length) in enumerate(of_segments):
+        before = x.new_zeros(reach, x.shape[1])
+        if carried is not None and reach:
+            ring = carried.shape[1]
+            before = torch.stack([carried[index, (start - back) % ring] for back in range(reach, 0, -1)])
         part = conv_definition(x[begin : begin + length].double(), weight.double(), bias.double(), before.double())
         parts.append(part)
     return torch.cat(parts)
@@ -43,12 +47,13 @@ def test_equals_the_definition(length: int, carries: bool) -> None:
 
 
 @pytest.mark.parametrize("kernel", [2, 3, 4, 5])
+@pytest.mark.parametrize("spare", [0, 1, 15])
 @pytest.mark.parametrize("lengths", [(1, 1, 1), (2, 64, 1, 5), (3, 127, 130)])
 @pytest.mark.usefixtures("form")
-def test_a_segment_reads_its_own_past_and_nothing_else(lengths: tuple[int, ...], kernel: int) -> None:
-    segments = Segments((7,) * len(lengths), lengths)
+def test_a_segment_reads_its_own_past_and_nothing_else(lengths: tuple[int, ...], spare: int, kernel: int) -> None:
+    segments = Segments(tuple(range(7, 7 + len(lengths))), lengths)
     x, (weight, bias) = rows(segments, 3), weights(kernel)
-    carried = torch.randn(len(lengths), kernel - 1, CHANNELS, generator=seeded(2))
+    carried = torch.randn(len(lengths), kernel - 1 + spare, CHANNELS, generator=seeded(2))
     got = causal_conv(x, weight, bias, segments, carried)
     assert_near(got[: segments.tokens], defined(x, weight, bias, segments, carried), ROUNDING)
     assert (got[segments.tokens :] == 0).all()
@@ -60,7 +65,8 @@ def test_cut_equals_whole_to_the_bit(dtype: torch.dtype) -> None:
     whole = Segments((0,), (150,))
     x, (weight, bias) = rows(whole, 4, dtype), weights()
     want = causal_conv(x, weight, bias, whole, None)
-    carried, done = torch.zeros(1, 3, CHANNELS, dtype=dtype), 0
+    ring = 5
+    carried, done = torch.zeros(1, ring, CHANNELS, dtype=dtype), 0
     for length in (1, 1, 2, 3, 57, 1, 85):
         part = Segments((done,), (length,))
         new = torch.cat((x[done : done + length], x.new_zeros(part.rows - length, CHANNELS)))
@@ -68,8 +74,27 @@ def test_cut_equals_whole_to_the_bit(dtype: torch.dtype) -> None:
         assert torch.equal(got[:length], want[done : done + length])
         keep_last(new, part, carried)
         done += length
-        assert torch.equal(carried[0, -min(done, 3) :], x[max(0, done - 3) : done])
-        assert (carried[0, : 3 - min(done, 3)] == 0).all()
+        for place in range(max(0, done - ring), done):
+            assert torch.equal(carried[0, place % ring], x[place])
+        assert (carried[0, done:] == 0).all()
+
+
+@pytest.mark.usefixtures("form")
+def test_who_read_too_far_goes_back() -> None:
+    """Rows that turn out not to come leave nothing: the ring still has what the next row reads."""
+    whole, spare = Segments((0,), (60,)), 6
+    x, (weight, bias) = rows(whole, 40), weights()
+    want = causal_conv(x, weight, bias, whole, None)
+    carried, done = torch.zeros(1, 3 + spare, CHANNELS), 0
+    while done < 50:
+        part = Segments((done,), (1 + spare,))
+        wrong = rows(part, 41 + done)
+        known = done % 3 + 1  # rows of the draft that come indeed
+        wrong[:known] = x[done : done + known]
+        got = causal_conv(wrong, weight, bias, part, carried)
+        assert torch.equal(got[:known], want[done : done + known])
+        keep_last(wrong, part, carried)
+        done += known
 
 
 @pytest.mark.usefixtures("form")

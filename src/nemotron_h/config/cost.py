@@ -15,7 +15,7 @@ from nemotron_h.config.model import AttentionConfig, LayerConfig, MambaConfig, M
 from nemotron_h.config.pattern import NAMES
 from nemotron_h.config.settings import nearest
 from nemotron_h.errors import ConfigError
-from nemotron_h.grid import BLOCK, CHUNK, round_up
+from nemotron_h.grid import AHEAD, BLOCK, CHUNK, round_up
 
 Shape = tuple[int, int]  # rows (outputs), columns (inputs)
 
@@ -194,7 +194,8 @@ def state_bytes(config: ModelConfig, *, state_bits: int = 32, input_bits: int = 
     """Bytes that the Mamba layers remember of one sequence, however long it is.
 
     recurrent state: at the last chunk boundary, 32 or 16 bits a number. chunk inputs: x and B of the chunk at hand in
-    the model's dtype, dt in float32. conv inputs: the last columns that the conv reads, in the model's dtype.
+    the model's dtype, dt in float32. conv inputs: the last that the conv reads, and before them as many as drafts may
+    have it go back, in the model's dtype.
     input_bits: of the model's dtype, 32 or 16.
     """
     _one_of("state_bits", state_bits, (32, 16))
@@ -205,7 +206,9 @@ def state_bytes(config: ModelConfig, *, state_bits: int = 32, input_bits: int = 
     return {
         "recurrent state": _bytes(sum(layer.inner_size * layer.state_size for layer in layers), state_bits),
         "chunk inputs": _bytes(inputs, input_bits) + _bytes(steps, 32),
-        "conv inputs": _bytes(sum((layer.conv_kernel - 1) * layer.conv_channels for layer in layers), input_bits),
+        "conv inputs": _bytes(
+            sum((layer.conv_kernel - 1 + AHEAD) * layer.conv_channels for layer in layers), input_bits
+        ),
     }
 
 

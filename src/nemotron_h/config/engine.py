@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from nemotron_h.config.settings import Lenient, settings
 from nemotron_h.errors import ConfigError
@@ -18,6 +18,7 @@ class EngineConfig:
     max_snapshots: int = 4096
     portion_tokens: int = 512  # of prompts, read in one pass between two tokens of everybody else
     reuse: bool = True
+    drafts: Literal["auto", "always", "off"] = "auto"  # read what followed before ahead of its coming, where it pays
     snapshot_folder: Annotated[Path | None, Lenient] = None  # keeps what memory has no room for; None: nothing does
     snapshot_folder_bytes: int = 2**33
     audit_fraction: float = 0.0  # of hits, computed cold as well and compared to the bit

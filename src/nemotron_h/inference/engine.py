@@ -24,6 +24,7 @@ from nemotron_h import machine
 from nemotron_h.config.engine import EngineConfig
 from nemotron_h.errors import CapacityError, RequestError
 from nemotron_h.inference import naive
+from nemotron_h.inference.drafts import Drafts
 from nemotron_h.inference.memory import Memory
 from nemotron_h.inference.prefix import Kind, Snapshot
 from nemotron_h.inference.request import PRIVATE, Answer, Finish, News, Request, Update, check_ids, private_salt
@@ -80,6 +81,7 @@ class Engine:
         self._news = News()
         self._versions = fingerprint.Versions(model)
         self._calls = Calls(model, self.memory.state, recorded=self.arithmetic.holds)
+        self._drafts = Drafts(self.config.drafts if self.arithmetic.holds else "off", model.row_multiple)
         self._sessions = Sessions(self.memory, model, tokenizer, exact=self.arithmetic.holds)
         if self.config.snapshot_folder is not None and self.arithmetic.holds:
             self._open_store(self.config.snapshot_folder)
@@ -179,11 +181,14 @@ class Engine:
             counts, _ = scheduler.shares()
             for row, count in enumerate(counts):
                 self.memory.extend(row, count)
+            drafts = self._drafted(counts)
         if not counts:
             return self._news.take()
         try:
             rows = calls(counts, alone=not scheduler.exact)
-            read(self._calls, scheduler.running, counts, rows)
+            began = time.perf_counter()
+            read(self._calls, scheduler.running, counts, rows, drafts, self._drafts.size)
+            self._measure(counts, drafts, time.perf_counter() - began)
         except BaseException:
             with self._all_or_nothing():
                 scheduler.retract()  # rows are half-written, and nothing else is
@@ -285,12 +290,36 @@ class Engine:
                 self._end(self.scheduler.queue[0], Finish.ERROR, str(error))
             self._draw()
 
+    def _drafted(self, counts: Sequence[int]) -> list[list[int]]:
+        """What is read ahead of each in a pass of everybody's next token; nothing in any other."""
+        if self._drafts.mode == "off" or set(counts) != {1}:
+            return []
+        pairs = list(zip(self.scheduler.running, self.scheduler.positions, strict=True))
+        # who is still within a prompt is not about to draw
+        rooms = [one.room_ahead(place) if place + 1 == len(one.tokens) else 0 for one, place in pairs]
+        running = [one for one, _ in pairs]
+        drafts = self._drafts.plan([one.lookup for one in running], [one.tokens for one in running], rooms)
+        for one, draft in zip(running, drafts, strict=True):
+            one.answer.drafted += len(draft)
+            self.counts.drafted_tokens += len(draft)
+        return drafts
+
+    def _measure(self, counts: Sequence[int], drafts: Sequence[Sequence[int]], seconds: float) -> None:
+        """Remember how long a pass of everybody's next token took, but for one that was made for the first time."""
+        if set(counts) == {1} and not self._calls.new:
+            self._drafts.measured(len(counts), sum(map(len, drafts)), seconds)
+
     def _draw(self) -> None:
-        """Give those that have read all their tokens the next."""
+        """Give those that have read all their tokens the next; and those after it, as long as they are what was read
+        ahead."""
         scheduler = self.scheduler
         for sequence, position in list(zip(scheduler.running, scheduler.positions, strict=True)):
             if position == len(sequence.tokens):
                 self._drawn(sequence)
+                while sequence.ahead and sequence.answer.finish is None and sequence.ahead[0][0] == sequence.tokens[-1]:
+                    scheduler.accept(sequence)
+                    self._drawn(sequence)
+                sequence.ahead = []
 
     def _drawn(self, sequence: Running) -> None:
         answer, request, logits = sequence.answer, sequence.answer.request, sequence.logits

@@ -119,6 +119,8 @@ class Answer:
     reuse: Reuse | None = None  # known once reading begins
     finish: Finish | None = None  # None: it goes on
     error: str | None = None
+    drafted: int = 0  # tokens read ahead of being known
+    accepted: int = 0  # of them, those that came
     added: float = field(default_factory=time.perf_counter)  # seconds, on a clock of no meaning
     begun: float | None = None  # its first token came
     ended: float | None = None

@@ -1,4 +1,4 @@
-"""One pass: the calls of the model that read so many tokens of each running sequence."""
+"""One pass: the calls of the model that read so many tokens of each running sequence, and drafts after them."""
 
 from collections.abc import Sequence as Sequence_
 
@@ -10,43 +10,62 @@ from nemotron_h.model.recorded import Calls
 
 
 @torch.no_grad()
-def read(calls: Calls, running: Sequence_[Sequence], counts: Sequence_[int], parts: Sequence_[range]) -> None:
+def read(
+    calls: Calls,
+    running: Sequence_[Sequence],
+    counts: Sequence_[int],
+    parts: Sequence_[range],
+    drafts: Sequence_[Sequence_[int]] = (),
+    multiple: int = 1,
+) -> None:
     """Read counts[row] tokens of each row of running, whose state is the same row of calls.state, with pages for them.
 
     parts: rows, neighbours each, that a call takes. Those at a pause, and those that have read all they have, get their
-    logits.
+    logits. drafts: of each row, where any row has one, tokens that are read too, ahead of what is known; their logits
+    go with them. multiple: of the rows of a call with drafts.
     """
     for rows in parts:
         part = slice(rows.start, rows.stop)
-        _call(calls, rows, running[part], counts[part])
+        _call(calls, rows, running[part], counts[part], drafts[part] or [()] * len(rows), multiple)
 
 
-def _call(calls: Calls, rows: range, sequences: Sequence_[Sequence], counts: Sequence_[int]) -> None:
+def _call(
+    calls: Calls,
+    rows: range,
+    sequences: Sequence_[Sequence],
+    counts: Sequence_[int],
+    drafts: Sequence_[Sequence_[int]],
+    multiple: int,
+) -> None:
     model, state = calls.model, calls.state
     positions = state.positions[rows.start : rows.stop]
-    segments = state.segments(counts, model.row_multiple, rows)
+    ends = [position + count for position, count in zip(positions, counts, strict=True)]
+    lengths = [count + len(draft) for count, draft in zip(counts, drafts, strict=True)]
+    segments = state.segments(lengths, max(model.row_multiple, multiple if any(drafts) else 1), rows)
     tokens: list[int] = []
-    wanted: list[Sequence] = []
-    last: list[int] = []  # the rows of their last tokens
-    for index, (sequence, position, count) in enumerate(zip(sequences, positions, counts, strict=True)):
-        end = position + count
-        tokens += sequence.tokens[position:end]
-        sequence.logits = None
+    wanted: list[tuple[Sequence, Sequence_[int]]] = []
+    last: list[int] = []  # the rows of their last tokens, and of their drafts
+    of_rows = zip(sequences, positions, ends, drafts, segments.begins, strict=True)
+    for sequence, position, end, draft, begin in of_rows:
+        tokens += [*sequence.tokens[position:end], *draft]
+        sequence.logits, sequence.ahead = None, []
         if end == len(sequence.tokens) or end in sequence.pauses:
-            wanted.append(sequence)
-            last.append(segments.last_rows[index])
-    device = model.device
-    ids = torch.tensor(tokens, device=device)
+            wanted.append((sequence, draft))
+            first = begin + end - position - 1
+            last += range(first, first + 1 + len(draft))
+    ids = torch.tensor(tokens, device=model.device)
     logits = calls(ids, segments, rows)
     if logits is not None:
-        for sequence, row in zip(wanted, last, strict=True):
-            sequence.logits = logits[row]
-        return
-    # filled up with copies of a row: the bits of a product need a multiple of rows
-    last += [0] * (round_up(max(1, len(last)), model.row_multiple) - len(last))
-    part = state.part(rows)
-    hidden = model.hidden(ids, segments, part, torch.tensor(last, device=device))
-    if wanted:
-        for sequence, of_row in zip(wanted, model.logits(hidden), strict=False):
-            sequence.logits = of_row
-    state.follow(part, rows)
+        logits = logits[last]
+    else:
+        # filled up with copies of a row: the bits of a product need a multiple of rows
+        picked = last + [0] * (round_up(max(1, len(last)), model.row_multiple) - len(last))
+        part = state.part(rows)
+        hidden = model.hidden(ids, segments, part, torch.tensor(picked, device=model.device))
+        logits = model.logits(hidden) if wanted else hidden
+        state.follow(part, rows)
+    state.positions[rows.start : rows.stop] = ends  # a draft lies beyond, until it is known to come
+    given = iter(logits)
+    for sequence, draft in wanted:
+        sequence.logits = next(given)
+        sequence.ahead = [(token, next(given)) for token in draft]

@@ -37,6 +37,8 @@ class Counts:
     matched_tokens: int = 0
     reused_tokens: int = 0
     lost_tokens: Counter[Cut] = field(default_factory=Counter)  # of prompts, by why they were not reused
+    drafted_tokens: int = 0  # read ahead of being known
+    accepted_tokens: int = 0  # of those, the ones that came
     audits: int = 0
     audited_tokens: int = 0  # of those reused, read all the same, to be compared
 
@@ -141,6 +143,14 @@ class Scheduler:
         if sequence.salt is not None and self.config.reuse and memory.distrusted is None:
             awaited = awaited or place in sequence.awaited
             memory.keep(row, sequence.keys[:place], sequence.salt, kind, logits, awaited=awaited)
+
+    def accept(self, sequence: Sequence) -> None:
+        """The first token of its draft has come: it has been read already."""
+        (_, sequence.logits), *sequence.ahead = sequence.ahead
+        self.memory.state.positions[self.running.index(sequence)] += 1
+        sequence.answer.accepted += 1
+        self.counts.accepted_tokens += 1
+        self.counts.read_tokens += 1
 
     def leave(self, sequence: Sequence, *, damaged: bool) -> None:
         """A sequence leaves, from wherever it is. damaged: its state must not be used again."""

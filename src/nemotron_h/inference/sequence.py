@@ -8,6 +8,8 @@ from typing import Self
 import numpy as np
 from torch import Tensor
 
+from nemotron_h.grid import CHUNK
+from nemotron_h.inference.drafts import Lookup
 from nemotron_h.inference.prefix import Keys, Kind, Snapshot
 from nemotron_h.inference.request import Answer, Finish, Request
 from nemotron_h.inference.sampling import Logprobs, Sampler
@@ -32,6 +34,8 @@ class Sequence:
     pauses: dict[int, Kind] = field(default_factory=dict)  # places where reading stops, for a snapshot
     awaited: set[int] = field(default_factory=set)  # those where another request will begin
     logits: Tensor | None = None  # (vocab,), after the last token that was read, where they were wanted
+    ahead: list[tuple[int, Tensor]] = field(default_factory=list)  # a draft: tokens read beyond, the logits after each
+    lookup: Lookup = field(default_factory=Lookup)  # what drafts come from
     audited: Snapshot | None = None  # read cold, to be compared with this
 
     @classmethod
@@ -95,6 +99,11 @@ class Sequence:
         """Tokens that it will have read at most: the last one drawn is not read."""
         return len(self.prompt) + self.answer.request.max_tokens - 1
 
+    def room_ahead(self, position: int) -> int:
+        """Tokens that a draft may have after the next one to be read: it ends where the answer does, and at the chunk's
+        end, where the state moves on."""
+        return max(0, min(self.longest - position - 1, CHUNK - 1 - position % CHUNK))
+
     def left(self, position: int) -> int:
         """Tokens to read before the next is drawn, or before a pause."""
         return min([len(self.tokens), *(place for place in self.pauses if place > position)]) - position
@@ -132,7 +141,7 @@ class Sequence:
         self.tokens = [*self.prompt.tolist(), *answer.ids]
         del answer.logprobs[drawn:]
         self._decode()
-        self.pauses, self.logits = {}, None
+        self.pauses, self.logits, self.ahead, self.lookup = {}, None, [], Lookup()
         self.awaited.clear()
         self.let_go()
         self.sampler.rewind(self.answer.ids)

@@ -4,9 +4,9 @@
 
 A step of generation launches hundreds of kernels, and to do it from Python takes longer than they do. But one step is
 like the last: the same launches of the same memory. What differs, tokens and where sequences stand, are tables, whose
-shapes follow from how many rows each sequence gets (`segments.few`). So the call is made once as any other, and its
-launches are recorded (`jit/kernels.py`); the next ones write their tables over its own and run the launches again. They
-are the same kernels on the same numbers, hence the same bits.
+shapes follow from how many sequences and rows there are (`segments.few`). So the call is made once as any other, and
+its launches are recorded (`jit/kernels.py`); the next ones write their tables over its own and run the launches again.
+They are the same kernels on the same numbers, hence the same bits.
 
 A call in which torch computes anything cannot be run again: it is found out, and made anew each time.
 """
@@ -24,10 +24,10 @@ from nemotron_h.model.state import Paging, State
 from nemotron_h.ops.jit.kernels import Recording, recording
 from nemotron_h.ops.segments import Segments
 
-MOST = 8  # calls of different lengths that are kept: each holds what its layers compute
+MOST = 8  # calls of different sizes that are kept: each holds what its layers compute
 BLOCKS = 16  # pages that a sequence's table grows by
 
-Key = tuple[int, tuple[int, ...], int]  # first sequence, rows of each, pages that the tables have room for
+Key = tuple[range, int, int]  # sequences, rows, pages that the tables have room for
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Calls:
 
     def __init__(self, model: Hybrid, state: State, *, recorded: bool = True) -> None:
         self.model, self.state, self.recorded = model, state, recorded
+        self.new = False  # was the last call of a size that was not known? Such a one takes longer
         self._calls: OrderedDict[Key, Call | None] = OrderedDict()  # None: cannot be run again
 
     def forget(self) -> None:
@@ -57,14 +58,16 @@ class Calls:
     def __call__(self, tokens: Tensor, segments: Segments, rows: range) -> Tensor | None:
         """Logits (segments.rows, vocab) float32 of neighbouring sequences of the state, which moves on; tokens
         (segments.tokens,) int64. None where the call cannot be recorded, and nothing was done."""
+        self.new = False
         if not (self.recorded and segments.few):
             return None
         tables = self.state.tables[rows.start : rows.stop]
         blocks = round_up(max(len(table) for table in tables), BLOCKS)
-        key = rows.start, segments.lengths, blocks
+        key = rows, segments.rows, blocks
         ids = F.pad(tokens, (0, segments.rows - segments.tokens))
         paging = Paging.of(tables, segments, blocks)
         if key not in self._calls:
+            self.new = True
             return self._recorded(key, ids, segments, paging, rows)
         call = self._calls[key]
         if call is None:

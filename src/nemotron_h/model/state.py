@@ -18,9 +18,9 @@ from torch import Tensor
 
 from nemotron_h.config.model import AttentionConfig, MambaConfig, ModelConfig
 from nemotron_h.errors import ShapeError
-from nemotron_h.grid import BLOCK, CHUNK, ROWS
+from nemotron_h.grid import AHEAD, BLOCK, CHUNK, ROWS
 from nemotron_h.ops.attention import keep_rows
-from nemotron_h.ops.conv import keep_last
+from nemotron_h.ops.conv import keep_last, ring_places
 from nemotron_h.ops.segments import Segments
 from nemotron_h.ops.shapes import expect
 from nemotron_h.ops.ssd import Past, keep_inputs
@@ -32,7 +32,7 @@ New = Callable[..., Tensor]  # torch.zeros, or torch.empty for storage that some
 class MambaState:
     """What one Mamba layer remembers of b sequences. The recurrent state and B stand turned, as products read them."""
 
-    conv: Tensor  # (b, kernel - 1, channels), model dtype, newest last
+    conv: Tensor  # (b, kernel - 1 + AHEAD, channels), model dtype, a ring by place, see `ops/conv.py`
     boundary: Tensor  # (b, h, n, p), float32, at the beginning of the chunk at hand
     x: Tensor  # (b, CHUNK, h p), model dtype, inputs of the chunk at hand
     dt: Tensor  # (b, h, CHUNK), float32, after softplus
@@ -46,7 +46,7 @@ class MambaState:
             return new(batch, *shape, dtype=dtype, device=device)
 
         return cls(
-            conv=tensor(config.conv_kernel - 1, config.conv_channels),
+            conv=tensor(config.conv_kernel - 1 + AHEAD, config.conv_channels),
             boundary=tensor(h, n, p, dtype=torch.float32),
             x=tensor(CHUNK, h * p),
             dt=tensor(h, CHUNK, dtype=torch.float32),
@@ -70,8 +70,8 @@ class Paging:
     """Where the sequences of a call have their keys and values, and where its new rows go: the same in every layer."""
 
     table: Tensor  # (s, blocks) int64, the pages of each sequence in order, 0 beyond its last
-    pages: Tensor  # (tokens,) int64, the page of each new row
-    places: Tensor  # (tokens,) int64, and its place there
+    pages: Tensor  # (rows,) int64, the page of each new row, -1 for padding
+    places: Tensor  # (rows,) int64, and its place there
 
     @classmethod
     def of(cls, tables: Sequence[Sequence[int]], segments: Segments, blocks: int = 0) -> Self:
@@ -80,9 +80,9 @@ class Paging:
         table = np.zeros((len(tables), widest), dtype=np.int64)
         for own, pages in zip(table, tables, strict=True):
             own[: len(pages)] = pages
-        owners, offsets = segments.owners.numpy()[: segments.tokens], segments.offsets.numpy()[: segments.tokens]
-        positions = offsets + np.array(segments.starts)[owners]
-        found = table, table[owners, positions // BLOCK], positions % BLOCK
+        owners, offsets = segments.owners.numpy(), segments.offsets.numpy()
+        positions = np.maximum(offsets, 0) + segments.spans[0][owners]
+        found = table, np.where(offsets >= 0, table[owners, positions // BLOCK], -1), positions % BLOCK
         return cls(*map(torch.from_numpy, found))
 
     @property
@@ -275,7 +275,11 @@ class State:
         for number, layer in enumerate(self.layers):
             if isinstance(layer, MambaState):
                 for name, place in self._remembered(layer, index).items():
-                    place.copy_(_expected(saved, f"{number}.{name}", place.shape, place.dtype))
+                    given = _expected(saved, f"{number}.{name}", place.shape, place.dtype)
+                    if name == "conv":  # what is older in the ring is not read
+                        layer.conv[index, _newest(layer, position)] = given.to(place.device)
+                    else:
+                        place.copy_(given)
             elif isinstance(layer, AttentionState) and paged:
                 _, k, d, _ = layer.keys.shape
                 keys = _expected(saved, f"{number}.keys", (k, d, position), layer.keys.dtype)
@@ -295,7 +299,7 @@ class State:
             return {"keys": keys[..., :position], "values": values[:, :position]}
         held = Segments((position,), (1,)).carried[0]
         return {
-            "conv": layer.conv[index],
+            "conv": layer.conv[index, _newest(layer, position)],
             "boundary": layer.boundary[index],
             "x": layer.x[index, :held],
             "dt": layer.dt[index, :, :held],
@@ -312,6 +316,12 @@ class State:
     def size_bytes(self) -> int:
         """Of all tensors it points to."""
         return sum(tensor.nbytes for layer in self.layers if layer is not None for tensor in _tensors(layer))
+
+
+def _newest(layer: MambaState, position: int) -> Tensor:
+    """Where the conv's ring holds the inputs that the next token reads, newest last."""
+    ring = layer.conv.shape[1]
+    return ring_places(position, ring - AHEAD, ring)
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

@@ -60,15 +60,16 @@ def _causal_call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def keep_rows(k: Tensor, v: Tensor, pages: Tensor, places: Tensor, keys: Tensor, values: Tensor) -> None:
-    """Write the first rows of k and v (rows, kv, d) into keys (pages, kv, d, BLOCK) and values (pages, kv, BLOCK, d),
-    of their dtype: row t to page pages[t], place places[t], both (tokens,) int64."""
+    """Write rows of k and v (rows, kv, d) into keys (pages, kv, d, BLOCK) and values (pages, kv, BLOCK, d), of their
+    dtype: row t to page pages[t], place places[t], both (rows,) int64; to none where the page is -1."""
     if runs(k, keys) and k.is_contiguous() and v.is_contiguous():
         kept = array(keys.view(-1, BLOCK)), array(values.view(-1, values.shape[-1]))
         jit.keep(len(pages), array(k.flatten(1)), array(v.flatten(1)), pages.numpy(), places.numpy(), *kept)
         return
-    pages, places = pages.to(k.device), places.to(k.device)
-    keys[pages, :, :, places] = k[: len(pages)]
-    values[pages, :, places] = v[: len(pages)]
+    rows = (pages >= 0).nonzero().flatten()
+    pages, places, rows = (t.to(k.device) for t in (pages[rows], places[rows], rows))
+    keys[pages, :, :, places] = k[rows]
+    values[pages, :, places] = v[rows]
 
 
 def attention_paged(q: Tensor, keys: Tensor, values: Tensor, segments: Segments, table: Tensor) -> Tensor:

@@ -3,11 +3,12 @@
     out_t = silu(bias + sum_k weight_k * in_{t - 3 + k})        k = 0..3, the last tap multiplies the newest input
 
 A segment's first outputs read the last inputs of its own sequence, zeros where there are none: never its neighbour's.
+They are kept in a ring: the input of place t stands at t modulo its length. Whoever has read too far goes back by
+saying so, for what stood before is still there.
 """
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,10 +21,11 @@ from nemotron_h.ops.shapes import expect, first_order, wants_gradient
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, segments: Segments, carried: Tensor | None) -> Tensor:
-    """x (rows, channels), weight (channels, 1, kernel), bias (channels), carried (segments, kernel - 1, channels).
+    """x (rows, channels), weight (channels, 1, kernel), bias (channels), carried (segments, ring, channels).
 
     Returns (rows, channels) in x's dtype, zeros for padding; computed in float32, taps added oldest first.
-    carried: the inputs before each segment, newest last; None for zeros. Differentiable where nothing is carried.
+    carried: the inputs before each segment, in a ring of kernel - 1 or more; None for zeros. Differentiable where
+    nothing is carried.
     Raises: ShapeError, naming the argument.
     """
     channels, kernel = x.shape[1], weight.shape[-1]
@@ -31,7 +33,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, segments: Segments, car
     expect(weight, "weight", (channels, 1, kernel))
     expect(bias, "bias", (channels,))
     if carried is not None:
-        expect(carried, "carried", (len(segments), kernel - 1, channels), x.dtype)
+        expect(carried, "carried", (len(segments), max(kernel - 1, carried.shape[1]), channels), x.dtype)
         if wants_gradient(x, weight, bias, carried):
             raise ShapeError("carried: must be None where gradients are wanted; training passes no state")
     if not runs(x):
@@ -46,8 +48,11 @@ def causal_conv_torch(x: Tensor, weight: Tensor, bias: Tensor, segments: Segment
     rows, channels = x.shape
     kernel = weight.shape[-1]
     if carried is None:
-        carried = x.new_zeros(len(segments), kernel - 1, channels)
-    inputs = torch.cat((carried.flatten(0, 1), x)).float()
+        before = x.new_zeros(len(segments), kernel - 1, channels)
+    else:
+        places = (ring_places(start, kernel - 1, carried.shape[1]) for start in segments.starts)
+        before = torch.stack([own[held.to(x.device)] for own, held in zip(carried, places, strict=True)])
+    inputs = torch.cat((before.flatten(0, 1), x)).float()
     taps = segments.taps(kernel).to(x.device)
     gains = weight.float()
     total = bias.float().expand(rows, channels)
@@ -62,7 +67,7 @@ def _causal_conv(x: Tensor, weight: Tensor, bias: Tensor, segments: Segments, ca
         carried = x.new_zeros(len(segments), weight.shape[-1] - 1, x.shape[1])
     out = torch.empty(x.shape, dtype=x.dtype)
     owner, place = segments.owners.numpy(), segments.offsets.numpy()
-    jit.forward(len(x), *lines(x), array(carried.flatten(0, 1)), owner, place, *_taps(weight, bias), array(out))
+    jit.forward(len(x), *lines(x), array(carried), segments.spans[0], owner, place, *_taps(weight, bias), array(out))
     return out
 
 
@@ -94,15 +99,19 @@ class _CausalConv(torch.autograd.Function):
 
 
 def keep_last(x: Tensor, segments: Segments, carried: Tensor) -> None:
-    """Overwrite carried with what the next call must be given: the last kernel - 1 inputs of each segment."""
+    """Write what later calls must be given into the rings of carried: the last inputs of each segment."""
     if runs(x, carried):
-        begins, lengths = (np.array(t) for t in (segments.begins, segments.lengths))
-        jit.keep_last(len(segments), *lines(x), begins, lengths, array(carried))
+        jit.keep_last(len(segments), *lines(x), *segments.spans, array(carried))
         return
-    reach = carried.shape[1]
-    for index, (begin, length) in enumerate(zip(segments.begins, segments.lengths, strict=True)):
-        new = x[begin + max(0, length - reach) : begin + length]
-        carried[index] = torch.cat((carried[index, len(new) :], new))
+    ring = carried.shape[1]
+    for own, start, begin, length in zip(carried, segments.starts, segments.begins, segments.lengths, strict=True):
+        count = min(length, ring)
+        own[ring_places(start + length, count, ring).to(x.device)] = x[begin + length - count : begin + length]
+
+
+def ring_places(end: int, count: int, ring: int) -> Tensor:
+    """(count,) int64: where a ring of that length holds the last inputs before place end, newest last."""
+    return torch.arange(end - count, end) % ring
 
 
 def conv_definition(x: Tensor, weight: Tensor, bias: Tensor, before: Tensor) -> Tensor:

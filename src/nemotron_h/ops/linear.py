@@ -34,7 +34,8 @@ TRIED_OUTPUTS = 2**18  # another depth changes about one output in 5,000
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (rows, in) and weight (out, in), plain and cast to x's dtype, or packed in it: (rows, out). A row's bits depend
-    on that row alone where rows is a multiple of ROWS: channels are filled up with zeros to a multiple of DEPTH.
+    on that row alone where rows is a multiple of ROWS, or of what a machine asks instead (`model/check.py`): channels
+    are filled up with zeros to a multiple of DEPTH.
 
     Raises: ShapeError for an x that a packed matrix does not take.
     """

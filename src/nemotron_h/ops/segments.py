@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from nemotron_h.errors import ShapeError
-from nemotron_h.grid import CHUNK, ROWS, round_up
+from nemotron_h.grid import AHEAD, CHUNK, ROWS, round_up
 
-FEW = 16  # rows of a segment that are a few
+FEW = 1 + AHEAD  # rows of a segment that are a few
 PIECE = 64  # rows of one task of attention: it divides BLOCK, so that a piece lies in one block
 
 
@@ -82,6 +82,11 @@ class Segments:
         for length in self.lengths[:-1]:
             sums.append(sums[-1] + length)
         return tuple(sums)
+
+    @cached_property
+    def spans(self) -> tuple[Any, Any, Any]:
+        """As int64 arrays of numpy: of each segment its first place in its sequence, its first row, and how many."""
+        return np.array(self.starts), np.array(self.begins), np.array(self.lengths)
 
     @cached_property
     def last_rows(self) -> tuple[int, ...]:
@@ -186,20 +191,22 @@ class Segments:
     @cached_property
     def pieces(self) -> tuple[Any, Any, Any, Any]:
         """Runs of rows between multiples of PIECE of their sequence, as int64 arrays of numpy: each one's segment,
-        first row, length, and the place of its first row in the sequence. Of a few rows two, the second may be empty.
+        first row, length, and the place of its first row in the sequence. Of few rows always two, one may be empty.
         """
         found = []
         for index, (start, begin, length) in enumerate(zip(self.starts, self.begins, self.lengths, strict=True)):
             edges = [start, *range(round_up(start + 1, PIECE), start + length, PIECE), start + length]
             found += [(index, begin + a - start, b - a, a) for a, b in pairwise(edges)]
-            if self.few and length > 1 and len(edges) == 2:
+            if self.few and len(edges) == 2:
                 found.append((index, begin, 0, start))
         return tuple(np.array(column) for column in zip(*found, strict=True))  # type: ignore[return-value]
 
     @property
     def tables(self) -> tuple[Any, ...]:
-        """All arrays that kernels read of a call, numpy's; of a call of a few rows their shapes follow from lengths."""
-        return (*self.grid, self.chunk_runs, self.owners.numpy(), self.offsets.numpy(), *self.pieces)
+        """All arrays that kernels read of a call, numpy's; of a call of a few rows their shapes follow from how many
+        segments and rows it has."""
+        own = self.owners.numpy(), self.offsets.numpy()
+        return (*self.grid, self.chunk_runs, *own, *self.pieces, *self.spans)
 
     def taps(self, kernel: int) -> Tensor:
         """(kernel, rows) int64: which rows of [carried (segments * (kernel - 1)) | rows] each conv output reads."""

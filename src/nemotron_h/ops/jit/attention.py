@@ -124,11 +124,11 @@ def attend_pairs(
 
 @kernel(32)
 def keep(start: Any, stop: Any, k: Any, v: Any, pages: Any, places: Any, keys: Any, values: Any) -> None:
-    """k, v (rows, heads d): row t goes to its page and its place there."""
+    """k, v (rows, heads d): row t goes to its page and its place there; to none where the page is -1."""
     d, size = values.shape[1], keys.shape[1]
     heads = k.shape[1] // d
     for t in range(start, stop):
-        for head in range(heads):
+        for head in range(heads if pages[t] >= 0 else 0):
             page = pages[t] * heads + head
             for c in range(d):
                 keys[page * d + c, places[t]] = k[t, head * d + c]

@@ -16,9 +16,10 @@ from nemotron_h.ops.jit.tiles import clear
 
 @kernel(2)
 def forward(
-    start: Any, stop: Any, x: Any, step: Any, carried: Any, owner: Any, place: Any, taps: Any, bias: Any, out: Any
-) -> None:
-    """carried (segments * (kernel - 1), channels): the inputs before each segment."""
+    start: Any, stop: Any, x: Any, step: Any, carried: Any, starts: Any, owner: Any, place: Any, taps: Any, bias: Any,
+    out: Any,
+) -> None:  # fmt: skip
+    """carried (s, ring, channels), starts (s): the inputs before each segment, and its first place."""
     width, channels = taps.shape
     total = np.empty(channels, np.float32)
     for t in range(start, stop):
@@ -30,28 +31,23 @@ def forward(
                 for j in range(channels):
                     total[j] += read_at(x, (t - back) * step + j) * read(taps, k, j)
             else:
-                row = owner[t] * (width - 1) + width - 1 + place[t] - back
+                before = carried[owner[t], (starts[owner[t]] + place[t] - back) % carried.shape[1]]
                 for j in range(channels):
-                    total[j] += read(carried, row, j) * read(taps, k, j)
+                    total[j] += read_at(before, j) * read(taps, k, j)
         for j in range(channels):
             write(out, t, j, total[j] * sigmoid(total[j]))
 
 
 @kernel(1)
-def keep_last(start: Any, stop: Any, x: Any, step: Any, begins: Any, lengths: Any, carried: Any) -> None:
-    """carried (s, reach, channels), of x's dtype: its newest inputs take the oldest ones' place."""
-    reach, channels = carried.shape[1:]
+def keep_last(start: Any, stop: Any, x: Any, step: Any, starts: Any, begins: Any, lengths: Any, carried: Any) -> None:
+    """carried (s, ring, channels), of x's dtype; starts, begins, lengths (s): of each segment the first place, the
+    first row, and how many."""
+    ring, channels = carried.shape[1:]
     for segment in range(start, stop):
-        for k in range(reach):
-            row = lengths[segment] - reach + k
-            if row < 0:  # still an input of before, which later places have not yet been written over
-                older = u(k + lengths[segment])
-                for j in range(channels):
-                    carried[u(segment), u(k), u(j)] = carried[u(segment), older, u(j)]
-            else:
-                line = (begins[segment] + row) * step
-                for j in range(channels):
-                    carried[u(segment), u(k), u(j)] = x[u(line + j)]
+        for k in range(max(0, lengths[segment] - ring), lengths[segment]):
+            line, place = (begins[segment] + k) * step, (starts[segment] + k) % ring
+            for j in range(channels):
+                carried[u(segment), u(place), u(j)] = x[u(line + j)]
 
 
 @kernel(1)
