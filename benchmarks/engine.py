@@ -12,12 +12,13 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from contest import Contestant, turns
-from generate import folder_of
-from results import ROOT, Row, commit, row, write
+from results import ROOT, commit, write
 
 from nemotron_h import PRESETS
 from nemotron_h.config import cost
+from nemotron_h.evaluate.contestants.contest import Contestant, turns
+from nemotron_h.evaluate.rows import Row, row
+from nemotron_h.evaluate.speed import SCRIPTS, untrained
 
 HERE = Path(__file__).parent
 PREFIX = 8192
@@ -26,8 +27,8 @@ LONG = 32_768
 
 def serving(folder: str, peers: Mapping[str, str], n: int) -> list[Row]:
     """16 requests of 512 in, 128 out, at once. peers: the Python of each script."""
-    scripts = [("run_engine.py", sys.executable), *peers.items()]
-    contestants = [Contestant(HERE / script, [folder, "bfloat16"], python) for script, python in scripts]
+    scripts = [(HERE / "run_engine.py", sys.executable), *((SCRIPTS / name, python) for name, python in peers.items())]
+    contestants = [Contestant(script, [folder, "bfloat16"], python) for script, python in scripts]
     runs = turns(contestants, "serving", n, count=16, length=512, new=128)
     what = "256 M, 16 requests of 512 tokens in, 128 out, at once"
     versions = [contestant.about["version"] for contestant in contestants]
@@ -93,7 +94,7 @@ if __name__ == "__main__":
     given, checked_out = parser.parse_args(), commit()
     peers = {"run_transformers.py": given.transformers} | ({"run_vllm.py": given.vllm} if given.vllm else {})
     with tempfile.TemporaryDirectory() as scratch:
-        folder = str(folder_of("256m", Path(scratch)))
+        folder = str(untrained("256m", Path(scratch)))
         parts = {
             "serving": lambda: serving(folder, peers, given.n),
             "reuse": lambda: reuse(folder, given.n),

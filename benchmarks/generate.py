@@ -10,31 +10,22 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-from contest import Contestant, turns
-from results import Row, commit, row, write
+from results import commit, write
 
-from nemotron_h import PRESETS, Hybrid, machine, save
+from nemotron_h import PRESETS, machine
 from nemotron_h.config import cost
-from nemotron_h.model.init import initialise
+from nemotron_h.evaluate.contestants.contest import Contestant, turns
+from nemotron_h.evaluate.rows import Row, row
+from nemotron_h.evaluate.speed import SCRIPTS, untrained
 
-HERE = Path(__file__).parent
 PROMPTS = (512, 2048, 8192)
 DECODED = 64
 
 
-def folder_of(preset: str, parent: Path) -> Path:
-    """A checkpoint of that shape with random weights."""
-    model = Hybrid(PRESETS[preset], dtype=torch.bfloat16)
-    initialise(model, seed=0)
-    save(model, parent / preset)
-    return parent / preset
-
-
 def against_transformers(parent: Path, peer_python: str, n: int) -> list[Row]:
-    folder = str(folder_of("256m", parent))
-    ours = Contestant(HERE / "run_ours.py", [folder, "bfloat16"])
-    peer = Contestant(HERE / "run_transformers.py", [folder, "bfloat16"], peer_python)
+    folder = str(untrained("256m", parent))
+    ours = Contestant(SCRIPTS / "run_ours.py", [folder, "bfloat16"])
+    peer = Contestant(SCRIPTS / "run_transformers.py", [folder, "bfloat16"], peer_python)
     version = peer.about["version"]
     rows = []
     for length in PROMPTS:
@@ -53,13 +44,13 @@ def against_transformers(parent: Path, peer_python: str, n: int) -> list[Row]:
 
 def memory(parent: Path, peer_python: str) -> list[Row]:
     """Peak memory by length of the prompt, each in a fresh process."""
-    folder = str(folder_of("256m", parent))
+    folder = str(untrained("256m", parent))
     rows = []
     for length in (2048, 32_768):
         peaks, version = [], None
         scripts = [("run_ours.py", sys.executable), ("run_transformers.py", peer_python)]
         for script, python in scripts[: 2 if length == 2048 else 1]:  # the peer takes many times as much: not at 32,768
-            contestant = Contestant(HERE / script, [folder, "bfloat16"], python)
+            contestant = Contestant(SCRIPTS / script, [folder, "bfloat16"], python)
             peaks.append([contestant.ask("peak", length=length) / 2**20])
             version = contestant.about["version"]
             contestant.close()
@@ -76,8 +67,8 @@ def memory(parent: Path, peer_python: str) -> list[Row]:
 
 
 def at_4b(parent: Path, n: int) -> list[Row]:
-    folder = str(folder_of("4b", parent))
-    ours = Contestant(HERE / "run_ours.py", [folder, "bfloat16"])
+    folder = str(untrained("4b", parent))
+    ours = Contestant(SCRIPTS / "run_ours.py", [folder, "bfloat16"])
     rates, shares = [], []
     for _ in range(n):
         bandwidth = machine.bandwidth()

@@ -16,39 +16,17 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
 from typing import Any
+
+from nemotron_h.evaluate.rows import Row
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
 VARIABLES = ("OMP_", "ATEN_", "ONEDNN_")  # of the environment, that change how fast or in which order torch computes
 BLOCK = re.compile(r"(<!-- results (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class Row:
-    what: str
-    unit: str
-    ours: float
-    n: int
-    spread: float
-    peer: float | None = None
-    peer_version: str | None = None
-    ratio: float | None = None
-
-
-def row(
-    what: str, unit: str, ours: Sequence[float], peer: Sequence[float] = (), version: str | None = None, *, higher: bool
-) -> Row:
-    """Of runs that took turns. higher: more of the unit is better."""
-    spread = max((max(runs) - min(runs)) / median(runs) for runs in (ours, peer) if runs)
-    if not peer:
-        return Row(what, unit, median(ours), len(ours), spread)
-    ratio = median(ours) / median(peer) if higher else median(peer) / median(ours)
-    return Row(what, unit, median(ours), len(ours), spread, median(peer), version, ratio)
 
 
 def commit() -> str:

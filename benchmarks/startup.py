@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 
 import torch
-from results import commit, row, write
+from results import commit, write
 
 from nemotron_h import PRESETS, Hybrid, save
 from nemotron_h.config.tokenizer import TokenizerConfig
+from nemotron_h.evaluate.rows import row
 from nemotron_h.model.init import initialise
 from nemotron_h.text.bpe import train
 

@@ -11,10 +11,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from contest import Contestant, turns
-from results import Row, commit, row, write
+from results import commit, write
 
 from nemotron_h import PRESETS, Hybrid, save
+from nemotron_h.evaluate.contestants.contest import Contestant, turns
+from nemotron_h.evaluate.rows import Row, row
 from nemotron_h.model.init import initialise
 
 HERE = Path(__file__).parent

@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from nemotron_h import __version__
+from nemotron_h.cli.bench import bench
 from nemotron_h.cli.chat import chat
 from nemotron_h.cli.convert import convert
 from nemotron_h.cli.generate import generate
@@ -35,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (run, train, generate, chat, show, verify, pull, ls, convert, quantize):
+for verb in (run, train, generate, chat, show, verify, pull, ls, convert, quantize, bench):
     app.command()(verb)
 
 

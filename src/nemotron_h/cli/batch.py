@@ -73,6 +73,8 @@ def answer_batch(
             raise typer.Exit(SIGNALLED + stopped[0])
         reused = f"{counts.reused_tokens:,} of {counts.prompt_tokens:,} tokens of prompts reused"
         watch.say(f"{total:,} answers in {output}; {reused}")
+        if counts.drafted_tokens:
+            watch.say(f"{counts.accepted_tokens:,} of {counts.drafted_tokens:,} drafted tokens came")
         if done.failed:
             watch.say(f'{done.failed:,} of them could not be given: "error" says why')
             raise typer.Exit(1)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from nemotron_h.cli.process import HELP_PRECISION
+from nemotron_h.cli.process import HELP_DRAFTS, HELP_PRECISION
 from nemotron_h.signals import SIGNALLED
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def chat(
         bool | None, typer.Option("--think/--no-think", help="The template's enable_thinking.", show_default=False)
     ] = None,
     precision: Annotated[str, typer.Option(help=HELP_PRECISION)] = "auto",
+    drafts: Annotated[str, typer.Option(help=HELP_DRAFTS)] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     memory: Annotated[
         int | None, typer.Option(metavar="BYTES", help="For what is kept between turns; by default what is free.")
@@ -87,7 +88,7 @@ def chat(
         raise RequestError(f"max_tokens: must be 1 or above; got {max_tokens}")
     drawn: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     sampling = Generation().sampling(**drawn)
-    engine_config = EngineConfig(max_running=1, memory_bytes=memory)
+    engine_config = EngineConfig(max_running=1, memory_bytes=memory, drafts=drafts)
     documents = read_documents(file or [])
     # after the checks: they import torch
     from nemotron_h.cli.process import settle
@@ -453,6 +454,8 @@ def described(statistics: "Statistics") -> str:
         parts.append(f"first token after {statistics.first_token_seconds:.2f} s")
     rate = f" at {statistics.tokens_per_second:,.1f} tokens/s" if statistics.tokens_per_second is not None else ""
     parts.append(f"{statistics.reply_tokens:,} tokens of reply{rate}")
+    if statistics.drafted_tokens:
+        parts.append(f"{statistics.accepted_tokens:,} of {statistics.drafted_tokens:,} drafted ones came")
     return "; ".join([*parts, *(["stopped"] if statistics.stopped else [])])
 
 

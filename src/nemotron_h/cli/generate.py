@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from nemotron_h.cli.process import HELP_PRECISION
+from nemotron_h.cli.process import HELP_DRAFTS, HELP_PRECISION
 from nemotron_h.errors import RequestError
 
 AT_ONCE = 16  # prompts of a batch
@@ -28,6 +28,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text (may be given several times).")] = None,
     precision: Annotated[str, typer.Option(help=HELP_PRECISION)] = "auto",
+    drafts: Annotated[str, typer.Option(help=HELP_DRAFTS)] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on after an end token.")] = False,
     ignore_defaults: Annotated[
@@ -58,6 +59,7 @@ def generate(
         if count is not None and count < 1:
             raise RequestError(f"{name}: must be 1 or above; got {count}")
     sampling = Generation().sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    engine = EngineConfig(max_running=at_once or AT_ONCE if batch is not None else 1, drafts=drafts)
     numbers = read_ids(ids) if ids is not None else []
     text = read_prompt(prompt_file) if prompt_file is not None else prompt or ""
     # after the checks: they import torch
@@ -71,7 +73,6 @@ def generate(
     check_precision(precision)
     usable(device)
     settle()
-    engine = EngineConfig(max_running=at_once or AT_ONCE if batch is not None else 1)
     model = load(folder_of(path), precision=precision, device=device, engine_config=engine)
     if not ignore_defaults:
         defaults = model.companions.generation

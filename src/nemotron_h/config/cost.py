@@ -194,8 +194,8 @@ def state_bytes(config: ModelConfig, *, state_bits: int = 32, input_bits: int = 
     """Bytes that the Mamba layers remember of one sequence, however long it is.
 
     recurrent state: at the last chunk boundary, 32 or 16 bits a number. chunk inputs: x and B of the chunk at hand in
-    the model's dtype, dt in float32. conv inputs: the last that the conv reads, and before them as many as drafts may
-    have it go back, in the model's dtype.
+    the model's dtype, dt in float32. conv inputs: the last columns that the conv reads, in the model's dtype; draft
+    inputs: as many before them as it may have to go back.
     input_bits: of the model's dtype, 32 or 16.
     """
     _one_of("state_bits", state_bits, (32, 16))
@@ -206,9 +206,8 @@ def state_bytes(config: ModelConfig, *, state_bits: int = 32, input_bits: int = 
     return {
         "recurrent state": _bytes(sum(layer.inner_size * layer.state_size for layer in layers), state_bits),
         "chunk inputs": _bytes(inputs, input_bits) + _bytes(steps, 32),
-        "conv inputs": _bytes(
-            sum((layer.conv_kernel - 1 + AHEAD) * layer.conv_channels for layer in layers), input_bits
-        ),
+        "conv inputs": _bytes(sum((layer.conv_kernel - 1) * layer.conv_channels for layer in layers), input_bits),
+        "draft inputs": _bytes(sum(AHEAD * layer.conv_channels for layer in layers), input_bits),
     }
 
 

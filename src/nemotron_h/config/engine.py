@@ -2,10 +2,12 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from nemotron_h.config.settings import Lenient, settings
 from nemotron_h.errors import ConfigError
+
+DRAFTS = ("auto", "always", "off")
 
 
 @settings
@@ -18,7 +20,7 @@ class EngineConfig:
     max_snapshots: int = 4096
     portion_tokens: int = 512  # of prompts, read in one pass between two tokens of everybody else
     reuse: bool = True
-    drafts: Literal["auto", "always", "off"] = "auto"  # read what followed before ahead of its coming, where it pays
+    drafts: str = "auto"  # what followed before is read ahead of its coming: where it pays, "always", or "off"
     snapshot_folder: Annotated[Path | None, Lenient] = None  # keeps what memory has no room for; None: nothing does
     snapshot_folder_bytes: int = 2**33
     audit_fraction: float = 0.0  # of hits, computed cold as well and compared to the bit
@@ -33,6 +35,8 @@ class EngineConfig:
         ):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}: must be {least} or above; got {getattr(self, name)}")
+        if self.drafts not in DRAFTS:
+            raise ConfigError(f"drafts: must be one of {', '.join(DRAFTS)}; got {self.drafts!r}")
         if self.snapshot_folder is not None and not self.reuse:
             raise ConfigError("snapshot_folder: needs reuse, which is off; leave it out, or reuse what is read")
         if self.memory_bytes is not None and self.memory_bytes < 1:

@@ -40,6 +40,8 @@ class Statistics:
     finish: str
     first_token_seconds: float | None  # None: none came
     tokens_per_second: float | None  # after the first; None: there was no second
+    drafted_tokens: int = 0  # read ahead of being known
+    accepted_tokens: int = 0  # of them, those that came
 
     @property
     def stopped(self) -> bool:
@@ -270,4 +272,6 @@ def statistics_of(answer: Answer) -> Statistics:
         finish=answer.finish.value,
         first_token_seconds=None if begun is None else begun - answer.added,
         tokens_per_second=None if begun is None or later < 1 else later / (answer.ended - begun),
+        drafted_tokens=answer.drafted,
+        accepted_tokens=answer.accepted,
     )

@@ -11,7 +11,6 @@ Source of the idea: speculative decoding (Leviathan et al. 2023, arXiv:2211.1719
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Literal
 
 from nemotron_h.grid import AHEAD, round_up
 
@@ -98,8 +97,8 @@ def _kind(matched: int) -> int:
 class Drafts:
     """Which sequences read ahead in a pass, and how far."""
 
-    def __init__(self, mode: Literal["auto", "always", "off"], multiple: int) -> None:
-        """multiple: of a call's rows, where nobody reads ahead."""
+    def __init__(self, mode: str, multiple: int) -> None:
+        """mode: as `EngineConfig.drafts`. multiple: of a call's rows, where nobody reads ahead."""
         self.mode, self.multiple, self.size = mode, multiple, max(multiple, ROWS)
         self._seconds: dict[tuple[int, int], deque[float]] = {}  # of passes, by sequences and rows
         self._measured: dict[tuple[int, int], int] = {}  # the pass of the last measurement

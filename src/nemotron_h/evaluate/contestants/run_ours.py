@@ -8,12 +8,14 @@ import torch
 from contest import serve
 
 import nemotron_h
+from nemotron_h.config.engine import EngineConfig
 from nemotron_h.inference import naive
 from nemotron_h.inference.load import load
 from nemotron_h.machine import tune_memory
 
 tune_memory()  # as the command does
-language = load(sys.argv[1], precision=sys.argv[2])
+# drafts off: of random weights the text goes round, which no text does
+language = load(sys.argv[1], precision=sys.argv[2], engine_config=EngineConfig(drafts="off"))
 model = language.model
 ids = torch.randint(model.config.vocab_size, (40_000,), generator=torch.Generator().manual_seed(0)).tolist()
 

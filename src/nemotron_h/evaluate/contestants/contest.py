@@ -1,43 +1,66 @@
 """Contestants that take turns: each a process of its own, possibly of another environment, asked for one run at a time.
 
 While one runs the others wait for their next line, so that they share the machine's moods and nothing else. A
-contestant is a script that calls `serve` with what it can be asked; questions and answers are JSON, one a line.
+contestant is a script that calls `serve` with what it can be asked; questions and answers are JSON, one a line. This
+file is all of ours that such a script finds, for its environment need not have the rest.
 """
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 
+class Failed(Exception):
+    """A contestant ended, in the words of its last lines."""
+
+
 class Contestant:
-    """A script in its own Python, alive until it is closed."""
+    """A script in its own Python, alive until it is closed. Raises: Failed where it ends before it answers."""
 
     def __init__(self, script: Path, arguments: Sequence[str], python: str = sys.executable) -> None:
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - what it writes to stderr, until it is closed
+        paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.process = subprocess.Popen(
-            [python, str(script), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [python, str(script), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         )
         self.about: dict[str, Any] = self._answer()  # said when it is ready
 
     def ask(self, question: str, **details: Any) -> Any:
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"question": question, **details}) + "\n")
-        self.process.stdin.flush()
+        try:
+            self.process.stdin.write(json.dumps({"question": question, **details}) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            """It has ended, as its answer will tell."""
         return self._answer()
 
     def close(self) -> None:
-        self.process.stdin.close()  # type: ignore[union-attr]
-        self.process.stdout.close()  # type: ignore[union-attr]
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.stdout.close()
         self.process.wait()
+        self._said.close()
 
     def _answer(self) -> Any:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("answer "):
                 return json.loads(line.removeprefix("answer "))
-        raise SystemExit(f"{' '.join(self.process.args)}: ended without an answer")  # type: ignore[arg-type]
+        self._said.seek(0)
+        last = ([line.strip() for line in self._said if line.strip()] or ["it ended without an answer"])[-1]
+        self.close()
+        raise Failed(f"{' '.join(map(str, self.process.args))}: {last}")  # type: ignore[arg-type]
 
 
 def turns(contestants: Sequence[Contestant], question: str, n: int, **details: Any) -> list[list[float]]:
@@ -48,7 +71,7 @@ def turns(contestants: Sequence[Contestant], question: str, n: int, **details: A
 
 def serve(about: Mapping[str, Any], answers: Mapping[str, Callable[..., Any]]) -> None:
     """A contestant's side: answer until the input ends."""
-    print("answer", json.dumps(about), flush=True)
+    print("answer", json.dumps({**about, "answers": list(answers)}), flush=True)
     for line in sys.stdin:
         details = json.loads(line)
         print("answer", json.dumps(answers[details.pop("question")](**details)), flush=True)

@@ -1,0 +1,1 @@
+"""Programs that are timed beside each other: each a script that runs in an environment of its own."""

@@ -1,0 +1,85 @@
+"""Bars: one for each contestant, in groups that are drawn to one scale each.
+
+int8, prompt of 512 tokens, tokens/s
+  here                    1,297  ████████████████████████████████
+  llama-cpp-python q8_0     468  ███████████▌
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.text import Text
+
+from nemotron_h.errors import RequestError
+
+EIGHTHS = " ▏▎▍▌▋▊▉"
+COLOURS = ("#76b900", "#9aa0a6", "#5f6368", "#c4c7cb")  # the first contestant's, then the others'
+
+
+@dataclass(frozen=True)
+class Group:
+    """What is compared: a value of each contestant, by name, larger being better."""
+
+    title: str
+    values: dict[str, float]
+    roof: float | None = None  # what the machine would allow, in the same unit
+
+
+def bars(groups: Sequence[Group], *, width: int = 80) -> Text:
+    """Draw them in the terminal, width characters wide. The largest value of a group fills the line; a roof above it is
+    said, not drawn."""
+    names = max((len(name) for group in groups for name in group.values), default=0)
+    numbers = max((len(f"{value:,.4g}") for group in groups for value in group.values.values()), default=0)
+    room = max(8, width - names - numbers - 6)
+    drawn = Text()
+    for group in groups:
+        if drawn:
+            drawn.append("\n\n")
+        drawn.append(group.title, style="bold")
+        if group.roof:
+            share = next(iter(group.values.values())) / group.roof
+            drawn.append(f"  {share:.0%} of what the machine allows", style="dim")
+        most = max(group.values.values())
+        for place, (name, value) in enumerate(group.values.items()):
+            drawn.append(f"\n  {name:<{names}}  {value:>{numbers},.4g}  ")
+            drawn.append(bar(value / most * room), style="green" if place == 0 else "dim")
+    return drawn
+
+
+def bar(length: float) -> str:
+    """A bar of so many characters, to an eighth."""
+    whole, eighths = divmod(round(8 * length), 8)
+    return "█" * whole + EIGHTHS[eighths].strip()
+
+
+def save_bars(groups: Sequence[Group], path: Path, *, title: str) -> None:
+    """Write them as a picture, in the format that the file's name ends with.
+
+    Raises: RequestError without matplotlib, and for a format that it does not write.
+    """
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
+    except ImportError:
+        raise RequestError("plot: needs matplotlib; install nemotron-h[eval]") from None
+    figure = Figure(figsize=(8, 1.2 + 0.5 * sum(len(group.values) + 1 for group in groups)), layout="constrained")
+    if path.suffix.removeprefix(".") not in figure.canvas.get_supported_filetypes():
+        known = ", ".join(sorted(figure.canvas.get_supported_filetypes()))
+        raise RequestError(f"plot: must be a file of one of {known}; got {path.name}")
+    ratios = [len(group.values) + 1 for group in groups]
+    for group, axes in zip(
+        groups, figure.subplots(len(groups), 1, squeeze=False, height_ratios=ratios)[:, 0], strict=True
+    ):
+        names, values = list(group.values), list(group.values.values())
+        drawn = axes.barh(names, values, color=[COLOURS[min(k, len(COLOURS) - 1)] for k in range(len(names))])
+        axes.bar_label(drawn, [f"{value:,.4g}" for value in values], padding=3)
+        axes.invert_yaxis()
+        axes.margins(x=0.15)
+        axes.set_title(group.title, loc="left", fontsize="medium")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_visible(False)
+        if group.roof:
+            axes.axvline(group.roof, color="black", linestyle=":")
+            axes.annotate("roof", (group.roof, 1), xycoords=("data", "axes fraction"), ha="center", fontsize="small")
+    figure.suptitle(title, x=0.01, ha="left")
+    figure.savefig(path, dpi=150)

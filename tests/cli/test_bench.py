@@ -1,0 +1,62 @@
+"""The race that a user runs."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Command = Callable[..., Any]
+SHORT = ("--prompt", 8, "--context", 8, "--runs", 1)
+
+
+def test_bars_a_picture_and_a_peer_that_cannot_begin(
+    command: Command, checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    picture, kept = tmp_path / "speed.svg", tmp_path / "kept"
+    peers = ("--llama", sys.executable, "--cache", kept)
+    done = command("bench", checkpoint, *SHORT, "--precision", "int8", *peers, "--plot", picture)
+    assert "llama does not take part in int8: " in caplog.text
+    assert "No module named 'llama_cpp'" in caplog.text
+    assert len(list(kept.glob("tiny-*-q8_0.gguf"))) == 1
+    lines = done.out.splitlines()
+    assert lines[0].startswith(f"{checkpoint} on ")
+    assert any(line.startswith("int8, prompt of 8 tokens, tokens/s") for line in lines)
+    assert sum(line.startswith("  nemotron-h ") and "█" in line for line in lines) == 2
+    assert lines[-1] == str(picture)
+    assert picture.read_bytes().startswith(b"<?xml")
+
+
+@pytest.mark.slow
+def test_ours_beside_transformers(command: Command, checkpoint: Path) -> None:
+    python = ("--transformers", sys.executable)
+    options = ("--precision", "float32", "--precision", "int8", *python, "--at-once", 2, "--json")
+    found = json.loads(command("bench", checkpoint, *SHORT, *options).out)
+    names = ["prompt of 8 tokens", "decoding after 8 tokens", "2 requests of 512 tokens in, 128 out, at once"]
+    assert [row["what"] for row in found["rows"]] == [f"{p}, {name}" for p in ("float32", "int8") for name in names]
+    for row in found["rows"]:
+        assert row["ours"] > 0
+        if row["what"].startswith("float32"):
+            assert row["peer_version"].startswith("transformers ")
+            assert row["ratio"] == pytest.approx(row["ours"] / row["peer"])
+        else:
+            assert row["peer"] is None
+    assert [row["roof"] is not None for row in found["rows"]] == [True, True, False, False, True, False]
+    assert (found["model"], found["absent"]) == (str(checkpoint), {})
+    assert found["cores"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (("--prompt", 0), "nemotron-h: prompt: must be 1 or above; got 0"),
+        (("--runs", 0), "nemotron-h: runs: must be 1 or above; got 0"),
+        (("--precision", "int2"), "nemotron-h: precision: must be one of "),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(command: Command, checkpoint: Path, options: Any, line: str) -> None:
+    done = command("bench", checkpoint, *options)
+    assert done.code == 2
+    assert done.err.startswith(line)
