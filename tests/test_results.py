@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from nemotron_h.evaluate.rows import row
+
 ROOT = Path(__file__).parent.parent
 FILES = sorted(path.name for path in (ROOT / "benchmarks" / "results").glob("*.json"))
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
@@ -74,13 +76,13 @@ def test_a_number_without_a_file_is_found() -> None:
 
 def test_one_run_is_said_to_be_one() -> None:
     content = json.loads((ROOT / "benchmarks" / "results" / FILES[0]).read_text())
-    one, many = results.row("a", "MiB", [100], higher=False), results.row("b", "MiB", [100, 110], higher=False)
+    one, many = row("a", "MiB", [100], higher=False), row("b", "MiB", [100, 110], higher=False)
     both = results.table(content | {"rows": [vars(one), vars(many)]})
     assert "| a, MiB | 100 | one run |" in both
     assert "| b, MiB | 105 | 10 % |" in both
     assert "Medians of 2 runs; " in both  # nobody else's, to take turns with
     assert "One run each; " in results.table(content | {"rows": [vars(one)]})
-    against = results.row("c", "MiB", [100, 110], [90, 95], "peer 1", higher=False)
+    against = row("c", "MiB", [100, 110], [90, 95], "peer 1", higher=False)
     assert "Medians of 2 runs that took turns; " in results.table(content | {"rows": [vars(one), vars(against)]})
 
 
@@ -103,13 +105,3 @@ def test_the_commit_is_what_is_measured(tmp_path: Path, monkeypatch: pytest.Monk
         (tmp_path / name).write_text("2")
         assert results.commit() == f"{clean}-dirty"
         (tmp_path / name).write_text("1")
-
-
-def test_medians_ratios_and_spreads() -> None:
-    faster = results.row("a", "tokens/s", [90, 100, 130], [40, 50, 55], "peer 1", higher=True)
-    assert (faster.ours, faster.peer, faster.ratio, faster.n) == (100, 50, 2.0, 3)
-    assert faster.spread == pytest.approx(0.4)
-    smaller = results.row("b", "MiB", [100], [300], "peer 1", higher=False)
-    assert smaller.ratio == 3.0
-    alone = results.row("c", "of 1", [0.5, 0.6], higher=True)
-    assert (alone.peer, alone.ratio) == (None, None)

@@ -90,8 +90,8 @@ def test_peak_counted_by_hand(weights: str, width: int, context: int, blocks: in
     assert cost.peak_bytes(CONFIG, context, batch=3, weights=weights, buffers_bytes=7) == {
         "weights": sum(cost.weight_bytes(CONFIG, weights).values()),
         "keys and values": 3 * 2 * 2 * 8 * 256 * blocks * width,
-        # two layers, three sequences: 12 x 5 float32; 64 places of x 12, B 10 and float32 dt 4; 3 inputs of 32 channels,
-        # and 15 more
+        # two layers, three sequences: 12 x 5 float32; 64 places of x 12, B 10 and float32 dt 4; 3 inputs of 32
+        # channels, and 15 more
         "recurrent state": 6 * 12 * 5 * 4,
         "chunk inputs": 6 * 64 * ((12 + 10) * width + 4 * 4),
         "conv inputs": 6 * 3 * 32 * width,
