@@ -41,8 +41,9 @@ install-dev:
 run: install
 	.venv/bin/nemotron-h run laptop
 
+# Two processes: most tests take one core. A thread that waits for work leaves its core to the other one's.
 test: lint
-	.venv/bin/python -m pytest
+	OMP_WAIT_POLICY=passive .venv/bin/python -m pytest -n 2 --dist loadfile
 
 lint: install-dev
 	.venv/bin/ruff check .

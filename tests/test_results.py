@@ -57,12 +57,12 @@ def test_a_results_file_says_what_gave_it(file: str) -> None:
     for key in ("command", "commit", "date", "cpu", "cpu_features", "threads", "torch", "python", "rows"):
         assert content[key], key
     assert re.fullmatch("[0-9a-f]{7,40}", content["commit"]), "measure what is checked in"
-    for row in content["rows"]:
-        assert set(row) == {"what", "unit", "ours", "peer", "peer_version", "ratio", "n", "spread"}
-        assert (row["peer"] is None) == (row["peer_version"] is None) == (row["ratio"] is None)
-        if row["ratio"] is not None:
-            quotient = row["ours"] / row["peer"]
-            assert row["ratio"] == pytest.approx(quotient) or row["ratio"] == pytest.approx(1 / quotient)
+    for own in content["rows"]:
+        assert set(own) == {"what", "unit", "ours", "peer", "peer_version", "ratio", "n", "spread"}
+        assert (own["peer"] is None) == (own["peer_version"] is None) == (own["ratio"] is None)
+        if own["ratio"] is not None:
+            quotient = own["ours"] / own["peer"]
+            assert own["ratio"] == pytest.approx(quotient) or own["ratio"] == pytest.approx(1 / quotient)
 
 
 def test_a_number_without_a_file_is_found() -> None:

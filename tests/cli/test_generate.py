@@ -130,6 +130,16 @@ def test_options_are_checked_before_the_model_is_read(command: Command, options:
     assert command("generate", "no-such-folder", "x", *options).line.startswith(f"{options[0][2:].replace('-', '_')}: ")
 
 
+def test_drafts_and_keys_in_int8(command: Command, folder: Path) -> None:
+    """Drafts change nothing; keys and values that are rounded may."""
+    asked = ("generate", folder, "def", "--max-tokens", 60, "--ignore-end")
+    texts = {drafts: command(*asked, "--drafts", drafts).out for drafts in ("auto", "always", "off")}
+    assert len(set(texts.values())) == 1
+    assert command(*asked, "--keys-values", "int8").code == 0
+    assert command(*asked, "--drafts", "never").line == "drafts: must be one of auto, always, off; got 'never'"
+    assert command(*asked, "--keys-values", "int4").line == "keys_values: must be one of auto, int8; got 'int4'"
+
+
 def test_a_terminal_is_not_steered_by_the_model(
     command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -164,7 +164,7 @@ def test_every_verb_takes_the_folder(command: Command, checkpoint: Path, small: 
     assert verified.out.startswith(f"{small} in int4 on cpu, rows in multiples of 1\n")
     assert "parameters (" in (headline := command("show", small).out.splitlines()[0])
     assert headline.endswith(" in int4")
-    assert command("show", small / "config.json").out.splitlines()[0].endswith(" in int4")
+    assert " in int4 " in " ".join(command("show", small / "config.json").out.split())  # a long path breaks the line
     assert json.loads(command("show", small, "--json").out)["format"] == "int4"
     assert json.loads(command("show", checkpoint, "--json").out)["format"] == "bfloat16"
     assert json.loads(command("show", "8b", "--json").out)["format"] is None

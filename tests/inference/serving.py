@@ -93,7 +93,8 @@ def check_answer(answer: Answer, ids: list[int], chances: list[Logprobs]) -> Non
 
 def budget(model: Hybrid, *, pages: int, snapshots: int, max_running: int, **settings: object) -> EngineConfig:
     """Settings that give room for exactly so many pages and snapshots, all poisoned when they are freed."""
-    slot, page = (size(model.config, model.compute_dtype) for size in (slot_bytes, page_bytes))
+    dtype = model.compute_dtype
+    slot, page = slot_bytes(model.config, dtype), page_bytes(model.config, model.keys_values or dtype)
     rest = pages * page + snapshots * (slot + 4 * model.config.vocab_size) + max(page - 1, 0)
     config = EngineConfig(
         max_running=max_running,
@@ -103,7 +104,7 @@ def budget(model: Hybrid, *, pages: int, snapshots: int, max_running: int, **set
         poisoned=True,
         **settings,  # type: ignore[arg-type]
     )
-    sizes = Sizes.of(model.config, config, model.compute_dtype, 0)
+    sizes = Sizes.of(model, config, 0)
     assert (sizes.pages, sizes.snapshots) == (pages if page else 0, snapshots), sizes
     return config
 
@@ -124,7 +125,9 @@ def check_erased(engine: Engine) -> None:
         if isinstance(layer, MambaState):
             free = [*range(running, memory.scratch + 1), *memory.prefixes.free]
         if isinstance(layer, MambaState | AttentionState):
-            assert all(getattr(layer, field.name)[free].isnan().all() for field in fields(layer))
+            for field in fields(layer):
+                left = getattr(layer, field.name)[free]
+                assert (left.isnan() if left.is_floating_point() else left == -1).all(), field.name
 
 
 def check_pinned(engine: Engine, sessions: Sequence[Session]) -> None:

@@ -140,6 +140,7 @@ class Life(RuleBasedStateMachine):
         max_running=st.integers(1, 5),
         portion_tokens=PORTIONS,
         audit_fraction=st.sampled_from([0.0, 0.0, 0.3, 1.0]),
+        drafts=st.sampled_from(["auto", "always", "off"]),
         remembered_tokens=st.sampled_from([200, 2**22]),
         with_folder=st.booleans(),
     )
@@ -500,6 +501,13 @@ def test_the_answers_of_any_life_are_those_of_a_plain_loop(build: Build, precisi
 def test_so_they_are_without_mamba_or_attention_and_at_odd_widths(name: str) -> None:
     """RoPE and two KV heads; one group; heads of 24 and a tied head."""
     live(Life, shapes.model(name), lives=4)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "int4"])
+def test_so_they_are_with_keys_and_values_in_int8(build: Build, precision: str) -> None:
+    model = build(precision=precision)
+    model.keys_values = torch.int8
+    live(Life, model, lives=3)
 
 
 def test_where_bits_depend_on_cuts_answers_are_those_of_the_engine_alone(build: Build) -> None:

@@ -15,7 +15,7 @@ from nemotron_h.checkpoint import download
 from nemotron_h.checkpoint.save import save
 from nemotron_h.config.published import read_config
 from nemotron_h.config.sampling import Sampling
-from nemotron_h.errors import CapacityError, CheckpointError, RequestError
+from nemotron_h.errors import CapacityError, CheckpointError, DataError, RequestError
 from nemotron_h.inference import load as room
 from nemotron_h.inference import naive
 from nemotron_h.inference.load import LanguageModel, load, needed_bytes, read
@@ -282,3 +282,20 @@ def test_the_marks_of_thinking_are_in_a_reply_though_they_are_control_tokens(
     drawn = iter(ids)
     monkeypatch.setattr(Sampler, "draw", lambda self, logits: next(drawn))
     assert "".join(own.chat([{"role": "user", "content": "the"}])) == "so</think>yes"
+
+
+def test_keys_and_values_in_int8(folder: Path, tmp_path: Path) -> None:
+    language = load(folder, keys_values="int8")
+    assert language.model.keys_values == torch.int8
+    ids = list(language.tokens([5, 9], max_tokens=20, ignore_end=True))
+    assert language.tokenizer is not None
+    known = language.tokenizer.known_ids
+    plain = naive.tokens(language.model, [5, 9], max_tokens=20, sampling=Sampling(), drawn_from=known)
+    assert ids == list(plain)
+    language.engine.session([5, 9, *ids]).save(tmp_path / "session")
+    again = load(folder, keys_values="int8")
+    assert again.engine.restore(tmp_path / "session").ids == [5, 9, *ids]
+    with pytest.raises(DataError, match=r"keys_values is int8 there, as computed here$"):
+        load(folder).engine.restore(tmp_path / "session")
+    with pytest.raises(RequestError, match=r"^keys_values: must be one of auto, int8; got 'int4'$"):
+        load(folder, keys_values="int4")

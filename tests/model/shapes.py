@@ -8,7 +8,7 @@ import torch
 
 from nemotron_h.config.model import AttentionConfig, MambaConfig, MlpConfig, ModelConfig
 from nemotron_h.inference.quantize import quantize
-from nemotron_h.model.check import Arithmetic, start_up
+from nemotron_h.model.check import Arithmetic, find
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.model.init import initialise
 from nemotron_h.model.linear import QuantizedLinear
@@ -78,7 +78,7 @@ def as_engines_find_it(model: Hybrid) -> Hybrid:
     key = model.config, *dtypes, torch.get_num_threads()
     if key not in FOUND:
         model.row_multiple = 4
-        FOUND[key] = start_up(model, None)
+        FOUND[key] = find(model)
     if not FOUND[key].holds:  # an engine says so, and reuses less: other tests are about that
         pytest.skip(f"one arithmetic does not hold on this CPU at {key[-1]} threads: {FOUND[key].failures[-1]}")
     model.row_multiple = FOUND[key].multiple

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,9 @@ from tests.model.shapes import FAMILY, VOCAB, model, random_tokens
 def one_thread(threads: Callable[[int], None]) -> None:
     """Models this small only wait for a second thread, most of all on a busy machine."""
     threads(1)
+    for name in FAMILY:  # before anything is broken, or said to be
+        for dtype in (torch.float32, torch.bfloat16):
+            model(name, dtype)
 
 
 SCAN = "chunked scan against the float64 recurrence"
@@ -191,8 +195,8 @@ def test_a_scan_that_is_wrong_where_a_call_goes_over_the_end_of_a_chunk_is_found
 
 
 def test_a_layer_whose_bits_depend_on_the_company_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(q: Tensor, keys: Tensor, values: Tensor, segments: Segments, table: Tensor) -> Tensor:
-        return attend(q, keys, values, segments, table) * (1 + 2**-20 * (len(segments) > 1))
+    def broken(q: Tensor, keys: Tensor, values: Tensor, segments: Segments, *rest: Any) -> Tensor:
+        return attend(q, keys, values, segments, *rest) * (1 + 2**-20 * (len(segments) > 1))
 
     attend = attention.attention_paged
     monkeypatch.setattr(attention, "attention_paged", broken)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nemotron_h.config import cost
 from nemotron_h.config.presets import PRESETS
-from nemotron_h.errors import ShapeError
+from nemotron_h.errors import ShapeError, UnsupportedError
 from nemotron_h.model.attention import Attention
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.model.init import initialise
@@ -22,6 +22,7 @@ from nemotron_h.model.mamba import Mamba
 from nemotron_h.model.mlp import Mlp
 from nemotron_h.model.state import AttentionState, MambaState, State
 from nemotron_h.ops.segments import Segments
+from tests.compare import assert_near
 from tests.model.shapes import FAMILY, attention, mamba, model, random_tokens, scaled
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -358,3 +359,36 @@ def test_one_key_value_head_keeps_its_bits_on_two_threads() -> None:
             check_cuts("8b", torch.bfloat16, 600, range(1, 600))
     finally:
         torch.set_num_threads(before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["8b", "47b"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_keys_and_values_in_int8_keep_one_arithmetic(name: str, dtype: torch.dtype) -> None:
+    """Cut or whole, remembered or not; other bits than without, and a quarter or half of the bytes."""
+    net, tokens = deepcopy(model(name, dtype)), random_tokens(1, 300, seed=70)
+    plain, plain_state = in_cuts(net, tokens, [])
+    net.keys_values = torch.int8
+    whole, state = in_cuts(net, tokens, [])
+    assert torch.equal(net(tokens), whole)
+    for cuts in ([1, 2, 255, 257], [64, 65, 299]):
+        got, cut_state = in_cuts(net, tokens, cuts)
+        assert torch.equal(got, whole)
+        assert cut_state.difference(0, 0) is None
+        assert_near(cut_state.saved(0)["3.scales"], state.saved(0)["3.scales"], 0)
+    assert not torch.equal(whole, plain)
+    assert_near(whole, plain.double(), 0.05)
+    copied = State.pool(net.config, 1, 2, dtype=dtype, keys_values=torch.int8)
+    copied.load(0, 300, [1, 0], state.saved(0))
+    assert all(torch.equal(a, b) for a, b in zip(copied.saved(0).values(), state.saved(0).values(), strict=True))
+    kept, before = (
+        sum(t.nbytes for layer in some.layers if isinstance(layer, AttentionState) for t in (layer.keys, layer.values))
+        for some in (state, plain_state)
+    )
+    assert kept * dtype.itemsize == before
+
+
+def test_keys_and_values_in_another_dtype_are_refused() -> None:
+    net = deepcopy(model("8b"))
+    with pytest.raises(UnsupportedError, match=r"^keys_values: must be torch.int8, or None; got torch.float16$"):
+        net.keys_values = torch.float16

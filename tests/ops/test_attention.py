@@ -9,7 +9,7 @@ from torch import Tensor
 from nemotron_h.errors import ShapeError
 from nemotron_h.grid import BLOCK
 from nemotron_h.ops import attention
-from nemotron_h.ops.attention import attention_definition, attention_paged, attention_whole, rotate
+from nemotron_h.ops.attention import attention_definition, attention_paged, attention_whole, keep_rows, rotate
 from nemotron_h.ops.jit.scalars import runs
 from nemotron_h.ops.segments import Segments
 from tests.compare import assert_near, double, seeded
@@ -263,3 +263,85 @@ def test_a_table_that_leads_out_of_the_pool_is_refused() -> None:
     ):
         with pytest.raises(ShapeError, match=said):
             attention_paged(q[296:], keys, values, segments, wrong)
+
+
+def kept_in_integers(sequences: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same in int8, as rows are pushed; codes of -1 and scales of NaN where nothing is."""
+    lengths = tuple(len(k) for k, _ in sequences)
+    segments = Segments((0,) * len(lengths), lengths)
+    flat = [
+        torch.cat((*some, some[0].new_ones(segments.rows - segments.tokens, KV, D)))
+        for some in zip(*sequences, strict=True)
+    ]
+    plain_keys, plain_values, table = in_pages(sequences)
+    keys, values = (torch.full_like(t, -1, dtype=torch.int8) for t in (plain_keys, plain_values))
+    scales = torch.full((len(keys), 2, KV, BLOCK), torch.nan)
+    offsets, owners = segments.offsets, segments.owners
+    pages = torch.where(offsets >= 0, table[owners, offsets.clamp(min=0) // BLOCK], -1)
+    keep_rows(*flat, pages, offsets.clamp(min=0) % BLOCK, keys, values, scales)
+    return keys, values, scales, table
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("starts", [[0, 0, 0], [1, 255, 700], [256, 600, 0]])
+def test_keys_and_values_in_int8(starts: list[int], dtype: torch.dtype, form: str) -> None:
+    """What is computed is the definition of the rounded ones; and those are within half a step of what they were."""
+    sequences = [
+        random(start + new, seed=i, dtype=dtype)
+        for i, (start, new) in enumerate(zip(starts, (1, 300, 64), strict=True))
+    ]
+    keys, values, scales, table = kept_in_integers([(k, v) for _, k, v in sequences])
+    if attention.runs is not runs:
+        scales = scales.nan_to_num()
+    segments = Segments(
+        tuple(starts), tuple(len(q) - start for (q, _, _), start in zip(sequences, starts, strict=True))
+    )
+    flat = torch.cat([q[start:] for (q, _, _), start in zip(sequences, starts, strict=True)])
+    q = torch.cat((flat, flat.new_ones(segments.rows - segments.tokens, F, D)))
+    out = attention_paged(q, keys, values, segments, table, scales)
+    assert out.dtype == dtype
+    for index, ((own, k, v), start) in enumerate(zip(sequences, starts, strict=True)):
+        pages = table[index, : -(-len(k) // BLOCK)]
+        exact_k = (
+            (keys[pages].double() * scales[pages, 0, :, None].double()).permute(0, 3, 1, 2).flatten(0, 1)[: len(k)]
+        )
+        exact_v = (
+            (values[pages].double() * scales[pages, 1, ..., None].double()).permute(0, 2, 1, 3).flatten(0, 1)[: len(v)]
+        )
+        for exact, plain in ((exact_k, k), (exact_v, v)):
+            step = plain.double().abs().amax(-1, keepdim=True) / 127
+            assert ((exact - plain.double()).abs() <= 0.5001 * step).all()
+        begin = segments.begins[index]
+        got = out[begin : begin + segments.lengths[index]]
+        assert_near(got, attention_definition(own[start:].double(), exact_k, exact_v, start=start), ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_query_alone_has_the_bits_of_the_whole_in_int8(dtype: torch.dtype, form: str) -> None:
+    q, k, v = random(530, seed=2, dtype=dtype)
+    keys, values, scales, table = kept_in_integers([(k, v)])
+    if attention.runs is not runs:
+        scales = scales.nan_to_num()
+    padded = torch.cat((q, q.new_ones(2, F, D)))
+    whole = attention_paged(padded, keys, values, Segments((0,), (530,)), table, scales)
+    for place in (0, 1, 2, 63, 64, 254, 255, 256, 257, 511, 512, 529):
+        alone = attention_paged(
+            q[place : place + 1].repeat(4, 1, 1), keys, values, Segments((place,), (1,)), table, scales
+        )
+        assert torch.equal(alone[0], whole[place]), place
+
+
+def test_rows_of_zeros_and_of_large_numbers_in_int8(form: str) -> None:
+    _, k, v = random(5, seed=3)
+    k[1], v[1], k[2], v[2] = 0, 0, k[2] * 1e30, v[2] * 1e-30
+    k[3] = k[3] / k[3].abs().amax(-1, keepdim=True) * 190 * 2.0**-149  # fewer steps of a float than codes
+    keys, _, scales, table = kept_in_integers([(k, v)])
+    page = int(table[0, 0])
+    assert (keys[page, :, :, 1] == 0).all()
+    assert (scales[page, :, :, 1] == 0).all()
+    assert keys[page, :, :, :5].abs().amax() == 127
+    assert (keys[page, :, :, 3].abs().amax(-1) == 127).all()
+    want = k[2].abs().amax(-1) / 127
+    assert torch.equal(scales[page, 0, :, 2], want)
+    exact = keys[page].double() * scales[page, 0, :, None].double()
+    assert_near(exact[..., 2], k[2].double(), 1 / 250)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from nemotron_h.cli.process import HELP_DRAFTS, HELP_PRECISION
+from nemotron_h.cli.process import HELP_DRAFTS, HELP_KEYS_VALUES, HELP_PRECISION
 from nemotron_h.signals import SIGNALLED
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def chat(
         bool | None, typer.Option("--think/--no-think", help="The template's enable_thinking.", show_default=False)
     ] = None,
     precision: Annotated[str, typer.Option(help=HELP_PRECISION)] = "auto",
+    keys_values: Annotated[str, typer.Option(help=HELP_KEYS_VALUES)] = "auto",
     drafts: Annotated[str, typer.Option(help=HELP_DRAFTS)] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     memory: Annotated[
@@ -94,13 +95,16 @@ def chat(
     from nemotron_h.cli.process import settle
     from nemotron_h.cli.pull import folder_of
     from nemotron_h.inference.conversation import Conversation
-    from nemotron_h.inference.load import check_precision, load, usable
+    from nemotron_h.inference.load import check_keys_values, check_precision, load, usable
 
     check_precision(precision)
+    check_keys_values(keys_values)
     usable(device)
     with nullcontext() if session is None else claimed(session):
         settle()
-        language = load(folder_of(path), precision=precision, device=device, engine_config=engine_config)
+        language = load(
+            folder_of(path), precision=precision, keys_values=keys_values, device=device, engine_config=engine_config
+        )
         if not ignore_defaults:
             sampling = language.companions.generation.sampling(**drawn)
         talk = Conversation(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from nemotron_h.cli.process import HELP_DRAFTS, HELP_PRECISION
+from nemotron_h.cli.process import HELP_DRAFTS, HELP_KEYS_VALUES, HELP_PRECISION
 from nemotron_h.errors import RequestError
 
 AT_ONCE = 16  # prompts of a batch
@@ -28,6 +28,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text (may be given several times).")] = None,
     precision: Annotated[str, typer.Option(help=HELP_PRECISION)] = "auto",
+    keys_values: Annotated[str, typer.Option(help=HELP_KEYS_VALUES)] = "auto",
     drafts: Annotated[str, typer.Option(help=HELP_DRAFTS)] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on after an end token.")] = False,
@@ -67,13 +68,14 @@ def generate(
     from nemotron_h.cli.process import settle
     from nemotron_h.cli.pull import folder_of
     from nemotron_h.inference.batch import read_prompts
-    from nemotron_h.inference.load import check_precision, load, usable
+    from nemotron_h.inference.load import check_keys_values, check_precision, load, usable
 
     prompts = read_prompts(Path(batch)) if batch is not None else []
     check_precision(precision)
+    check_keys_values(keys_values)
     usable(device)
     settle()
-    model = load(folder_of(path), precision=precision, device=device, engine_config=engine)
+    model = load(folder_of(path), precision=precision, keys_values=keys_values, device=device, engine_config=engine)
     if not ignore_defaults:
         defaults = model.companions.generation
         sampling = defaults.sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)

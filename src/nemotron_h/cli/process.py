@@ -4,6 +4,8 @@ import os
 
 # of --precision
 HELP_PRECISION = "bfloat16, float32, int8, int4, or auto: as the folder's integers are, else what is fast here."
+# of --keys-values
+HELP_KEYS_VALUES = "int8: keys and values take half the memory and are rounded; auto: as the model computes."
 # of --drafts
 HELP_DRAFTS = "Read what followed the last tokens before ahead of its coming: auto (where it pays), always, or off."
 

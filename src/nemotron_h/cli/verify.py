@@ -6,12 +6,13 @@ from typing import Annotated
 
 import typer
 
-from nemotron_h.cli.process import HELP_PRECISION
+from nemotron_h.cli.process import HELP_KEYS_VALUES, HELP_PRECISION
 
 
 def verify(
     path: Annotated[str, typer.Argument(help="A checkpoint folder, or org/name[@revision] on the Hub.")],
     precision: Annotated[str, typer.Option(help=HELP_PRECISION)] = "auto",
+    keys_values: Annotated[str, typer.Option(help=HELP_KEYS_VALUES)] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -24,17 +25,20 @@ def verify(
     from nemotron_h.checkpoint.check import check_folder
     from nemotron_h.cli.process import settle
     from nemotron_h.cli.pull import folder_of
-    from nemotron_h.inference.load import check_precision, load, usable
+    from nemotron_h.inference.load import check_keys_values, check_precision, load, usable
     from nemotron_h.model.check import Finding, check, find
 
     check_precision(precision)
+    check_keys_values(keys_values)
     usable(device)
     settle()
     folder = folder_of(path)
-    model = load(folder, precision=precision, device=device).model
+    model = load(folder, precision=precision, keys_values=keys_values, device=device).model
     found = find(model)
     model.row_multiple = found.multiple  # as an engine would find it
     made = f"{model.precision} on {model.device}, rows in multiples of {model.row_multiple}"
+    if model.keys_values is not None:
+        made += ", keys and values in int8"
     if not as_json:
         print(f"{path} in {made}")
     findings = []

@@ -72,7 +72,7 @@ class Engine:
                 "only whole portions of prompts are reused, and no folder of snapshots is",
                 "; ".join(self.arithmetic.failures),
             )
-        self.memory = Memory(model.config, self.config, model.compute_dtype, model.device)
+        self.memory = Memory(model, self.config)
         self.scheduler = Scheduler(self.memory, self.config, exact=self.arithmetic.holds)
         self.counts = self.scheduler.counts
         # where text is wanted, only ids that stand for some are drawn: vocabularies are padded, and have holes

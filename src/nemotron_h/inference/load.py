@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from nemotron_h.text.template import ChatTemplate, Message
 
 AUTO = "auto"
+KEYS_VALUES = (AUTO, "int8")
 DEFAULT = EngineConfig()
 LOADED_WINDOWS = 2  # of text, for what is decided of a matrix as it is rounded
 LOG = logging.getLogger("nemotron_h")
@@ -202,6 +203,7 @@ def load(
     path: str | Path,
     *,
     precision: str = AUTO,
+    keys_values: str = AUTO,
     device: torch.device | str = "cpu",
     engine_config: EngineConfig = DEFAULT,
 ) -> LanguageModel:
@@ -211,10 +213,12 @@ def load(
     precision: of weights and products, one of PRECISION_NAMES. auto: that of a folder which holds int8 or int4, else
     what this machine multiplies fast, measured. A plain folder is rounded to int8 or int4 as it is read, which takes
     some time: `nemotron-h quantize` does it once.
+    keys_values: auto, as the products are, or int8: half the memory or a quarter, and rounded.
     engine_config: how it is served, memory above all.
     Raises: CheckpointError, ConfigError or UnsupportedError in one line; CapacityError where memory is too small.
     """
     check_precision(precision)
+    check_keys_values(keys_values)
     device = usable(device)
     folder = located(path)
     stored = stored_precision(folder)
@@ -227,6 +231,7 @@ def load(
     check_memory(folder, chosen, device)
     language = read(folder, dtype=PRECISIONS.get(chosen, torch.bfloat16), device=device)
     language.model.requires_grad_(False)
+    language.model.keys_values = None if keys_values == AUTO else torch.int8
     if chosen in BITS and stored is None:
         LOG.info("rounding the weights to %s; `nemotron-h quantize` does it once for all", chosen)
         quantize(language.model, chosen, windows(language.tokenizer, language.model, LOADED_WINDOWS))
@@ -255,6 +260,12 @@ def check_precision(precision: str) -> None:
     """Refuse one that is not known."""
     if precision not in PRECISION_NAMES:
         raise RequestError(f"precision: must be one of {', '.join(PRECISION_NAMES)}; got {precision!r}")
+
+
+def check_keys_values(keys_values: str) -> None:
+    """Refuse what keys and values cannot be kept in."""
+    if keys_values not in KEYS_VALUES:
+        raise RequestError(f"keys_values: must be one of {', '.join(KEYS_VALUES)}; got {keys_values!r}")
 
 
 def stored_precision(folder: Path) -> str | None:

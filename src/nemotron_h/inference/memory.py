@@ -19,15 +19,16 @@ from torch import Tensor
 
 from nemotron_h import machine
 from nemotron_h.config.engine import EngineConfig
-from nemotron_h.config.model import AttentionConfig, ModelConfig
+from nemotron_h.config.model import AttentionConfig
 from nemotron_h.errors import CapacityError
 from nemotron_h.grid import BLOCK
 from nemotron_h.inference.pages import Pages
 from nemotron_h.inference.prefix import Keys, Kind, Match, Prefixes, Snapshot
+from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.model.state import State, page_bytes, same_bits, slot_bytes
 
 LOG = logging.getLogger(__name__)
-PAGED = (".keys", ".values")  # ends of names
+PAGED = (".keys", ".values", ".scales")  # ends of names
 FREE_FRACTION = 0.8  # of free memory that an engine takes unasked: the rest is what its passes compute in, and others
 
 
@@ -41,13 +42,14 @@ class Sizes:
     page_bytes: int
 
     @classmethod
-    def of(cls, model: ModelConfig, engine: EngineConfig, dtype: torch.dtype, free_bytes: int) -> "Sizes":
+    def of(cls, model: Hybrid, engine: EngineConfig, free_bytes: int) -> "Sizes":
         """free_bytes: what the machine has, where the engine's settings name no limit.
 
         Raises: CapacityError where the running sequences alone do not fit.
         """
         limit = engine.memory_bytes or int(FREE_FRACTION * free_bytes)
-        slot, page = slot_bytes(model, dtype), page_bytes(model, dtype)
+        config, dtype = model.config, model.compute_dtype
+        slot, page = slot_bytes(config, dtype), page_bytes(config, model.keys_values or dtype)
         rest = limit - (engine.max_running + 1) * slot
         share = engine.pages_fraction if engine.reuse and engine.max_snapshots else 1.0
         pages = int(rest * share) // page if page else 0
@@ -61,19 +63,21 @@ class Sizes:
                 f"memory_bytes: must hold {engine.max_running} running sequences of {slot:,} bytes, and pages of "
                 f"{page:,}; got {limit:,}; give more memory or lower max_running"
             )
-        snapshots = int((rest - pages * page) // (slot + 4 * model.vocab_size)) if share < 1 else 0
+        snapshots = int((rest - pages * page) // (slot + 4 * config.vocab_size)) if share < 1 else 0
         return cls(pages, min(snapshots, engine.max_snapshots), slot, page)
 
 
 class Memory:
     """Rows, pages and snapshots, and how each becomes another."""
 
-    def __init__(self, model: ModelConfig, engine: EngineConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, model: Hybrid, engine: EngineConfig) -> None:
+        config, device = model.config, model.device
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else machine.memory().available_bytes
-        self.sizes = Sizes.of(model, engine, dtype, free)
+        self.sizes = Sizes.of(model, engine, free)
         self.scratch = engine.max_running
         first = self.scratch + 1
-        self.state = State.pool(model, first + self.sizes.snapshots, self.sizes.pages, dtype=dtype, device=device)
+        slots, dtype, keys_values = first + self.sizes.snapshots, model.compute_dtype, model.keys_values
+        self.state = State.pool(config, slots, self.sizes.pages, dtype=dtype, keys_values=keys_values, device=device)
         self.pages = Pages(self.sizes.pages)
         self.slots = range(first, first + self.sizes.snapshots)
         self.prefixes = Prefixes(self.slots)
@@ -81,7 +85,7 @@ class Memory:
         self.logits: dict[int, Tensor] = {}  # (vocab,) float32 after the last token, by slot of snapshots that answer
         self.spill: Callable[[Snapshot], None] = lambda snapshot: None  # told of each that goes to make room
         self.promised = [0] * first  # pages, by row
-        self._paged = any(isinstance(layer, AttentionConfig) for layer in model.layers)
+        self._paged = any(isinstance(layer, AttentionConfig) for layer in config.layers)
         self._poisoned = engine.poisoned
 
     def blocks(self, tokens: int) -> int:

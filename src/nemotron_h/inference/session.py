@@ -108,6 +108,7 @@ class Sessions:
                     "shape": fingerprint.shape(self.model.config),
                     "weights": fingerprint.weights(self.model),
                     "precision": self.model.precision,
+                    "keys_values": fingerprint.keys_values(self.model),
                     "tokenizer": self.tokenizer.digest if self.tokenizer is not None else None,
                 },
             )

@@ -17,6 +17,7 @@ class Attention(nn.Module):
     def __init__(self, config: AttentionConfig, hidden_size: int, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.config = config
+        self.keys_values: torch.dtype | None = None  # int8 where they are kept so
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = Linear(hidden_size, queries, dtype=dtype, device=device)
         self.k_proj = Linear(hidden_size, keys, dtype=dtype, device=device)
@@ -42,8 +43,9 @@ class Attention(nn.Module):
             mixed = attention_whole(q, k, v, segments)
         else:
             if state is None:  # nothing to remember: pages for this call alone
-                state = AttentionState.of(config, int(paging.table.max()) + 1, u.dtype, u.device, torch.empty)
+                pages, dtype = int(paging.table.max()) + 1, self.keys_values or u.dtype
+                state = AttentionState.of(config, pages, dtype, u.device, torch.empty)
             state.push(k, v, paging)
-            mixed = attention_paged(q, state.keys, state.values, segments, paging.table)
+            mixed = attention_paged(q, state.keys, state.values, segments, paging.table, state.scales_of_codes)
         mixed = mixed.reshape(count, -1)
         return self.o_proj(mixed if rows is None else mixed[rows])  # type: ignore[no-any-return]

@@ -218,7 +218,8 @@ def layer_findings(model: Hybrid, index: int, embedded: Tensor, multiple: int) -
         return out
 
     def in_calls(sequences: Tensor, calls: Calls) -> tuple[list[Tensor], State]:
-        state = State.zeros(alone, len(sequences), dtype=model.compute_dtype, device=embedded.device)
+        dtype, keys_values = model.compute_dtype, model.keys_values
+        state = State.zeros(alone, len(sequences), dtype=dtype, keys_values=keys_values, device=embedded.device)
         return read_in_calls(read, state, sequences, calls, multiple), state
 
     ways: dict[str, Calls] = {"in pieces": pieces(FARTHEST[type(config)], CUTS), "in a batch": BATCH}

@@ -152,6 +152,7 @@ def basis(model: Hybrid) -> dict[str, Any]:
         },
         "code": code(),
         "compute_dtype": str(model.compute_dtype).removeprefix("torch."),
+        "keys_values": keys_values(model),
         "matrices": matrices(model),
         "products": products(device),
     }
@@ -168,6 +169,11 @@ def code() -> str:
     folders = (Path(ops.__file__).parent, Path(__file__).parent)
     files = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def keys_values(model: Hybrid) -> str:
+    """What they are kept in."""
+    return "as computed" if model.keys_values is None else str(model.keys_values).removeprefix("torch.")
 
 
 def matrices(model: Hybrid) -> dict[str, str]:

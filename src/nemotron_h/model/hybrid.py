@@ -164,6 +164,19 @@ class Hybrid(nn.Module):
         return {name: module for name, module in found if isinstance(module, Linear | QuantizedLinear)}
 
     @property
+    def keys_values(self) -> torch.dtype | None:
+        """int8 where keys and values are kept so; None: in the dtype of the products. Set it before the first state."""
+        return next((one.keys_values for one in self.modules() if isinstance(one, Attention)), None)
+
+    @keys_values.setter
+    def keys_values(self, dtype: torch.dtype | None) -> None:
+        if dtype not in (None, torch.int8):
+            raise UnsupportedError(f"keys_values: must be torch.int8, or None; got {dtype}")
+        for one in self.modules():
+            if isinstance(one, Attention):
+                one.keys_values = dtype
+
+    @property
     def precision(self) -> str:
         """float32 or bfloat16, or int8 or int4, of the matrices of the layers."""
         of_layers = (one for name, one in self.matrices.items() if name.startswith("backbone."))
@@ -192,7 +205,8 @@ class Hybrid(nn.Module):
 
     def empty_state(self, batch: int) -> State:
         """A state before the first token of so many sequences."""
-        return State.zeros(self.config, batch, dtype=self.compute_dtype, device=self.device)
+        dtype, keys_values = self.compute_dtype, self.keys_values
+        return State.zeros(self.config, batch, dtype=dtype, keys_values=keys_values, device=self.device)
 
 
 class Backbone(nn.Module):

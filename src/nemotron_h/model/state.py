@@ -105,22 +105,35 @@ class Paging:
 class AttentionState:
     """Keys and values of one attention layer, in pages that any sequence's table may point to."""
 
-    keys: Tensor  # (pages, k, d, BLOCK), model dtype, turned: a query's product with a block reads it row by row
-    values: Tensor  # (pages, k, BLOCK, d), model dtype
+    keys: (
+        Tensor  # (pages, k, d, BLOCK), model dtype or int8, turned: a query's product with a block reads it row by row
+    )
+    values: Tensor  # (pages, k, BLOCK, d), likewise
+    scales: Tensor  # (pages, 2, k, BLOCK), float32, of codes in int8; (pages, 0, k, BLOCK) where they are none
 
     @classmethod
     def of(cls, config: AttentionConfig, pages: int, dtype: torch.dtype, device: torch.device, new: New) -> Self:
+        """dtype: of keys and values."""
         k, d = config.num_kv_heads, config.head_dim
-        shapes = (pages, k, d, BLOCK), (pages, k, BLOCK, d)
-        return cls(*(new(shape, dtype=dtype, device=device) for shape in shapes))
+        return cls(
+            keys=new((pages, k, d, BLOCK), dtype=dtype, device=device),
+            values=new((pages, k, BLOCK, d), dtype=dtype, device=device),
+            scales=new((pages, 2 if dtype == torch.int8 else 0, k, BLOCK), dtype=torch.float32, device=device),
+        )
+
+    @property
+    def scales_of_codes(self) -> Tensor | None:
+        return self.scales if self.scales.numel() else None
 
     def push(self, k: Tensor, v: Tensor, paging: Paging) -> None:
         """Write new rows k and v (rows, kv, d) to their pages."""
-        keep_rows(k, v, paging.pages, paging.places, self.keys, self.values)
+        keep_rows(k, v, paging.pages, paging.places, self.keys, self.values, self.scales_of_codes)
 
     def grow(self, pages: int) -> None:
         """Append pages of zeros."""
-        self.keys, self.values = (torch.cat((t, t.new_zeros(pages, *t.shape[1:]))) for t in (self.keys, self.values))
+        for field in fields(self):
+            tensor = getattr(self, field.name)
+            setattr(self, field.name, torch.cat((tensor, tensor.new_zeros(pages, *tensor.shape[1:]))))
 
 
 @dataclass(slots=True)
@@ -134,18 +147,34 @@ class State:
     moving: bool = False  # a call is writing to it, or was interrupted while it did
 
     @classmethod
-    def zeros(cls, config: ModelConfig, batch: int, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Self:
-        """A state before the first token, with storage of its own. dtype: the model's."""
-        layers = _layers(config, batch, 0, dtype, torch.device(device), torch.zeros)
+    def zeros(
+        cls,
+        config: ModelConfig,
+        batch: int,
+        *,
+        dtype: torch.dtype,
+        keys_values: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """A state before the first token, with storage of its own. dtype: the model's; keys_values: theirs, where it is
+        another."""
+        layers = _layers(config, batch, 0, (dtype, keys_values or dtype), torch.device(device), torch.zeros)
         return cls([0] * batch, [[] for _ in range(batch)], layers, own_pages=True)
 
     @classmethod
     def pool(
-        cls, config: ModelConfig, slots: int, pages: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+        cls,
+        config: ModelConfig,
+        slots: int,
+        pages: int,
+        *,
+        dtype: torch.dtype,
+        keys_values: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
     ) -> Self:
         """Storage for so many sequences and pages, that somebody hands out: not filled, and on a CPU not even taken
         from the machine before it is written. A sequence begins with `restart`, or as a copy of another."""
-        layers = _layers(config, slots, pages, dtype, torch.device(device), torch.empty)
+        layers = _layers(config, slots, pages, (dtype, keys_values or dtype), torch.device(device), torch.empty)
         return cls([0] * slots, [[] for _ in range(slots)], layers)
 
     def __len__(self) -> int:
@@ -243,7 +272,7 @@ class State:
         for layer in self._attention():
             for tensor in _tensors(layer):
                 for page in pages:
-                    tensor[page].fill_(torch.nan)
+                    tensor[page].fill_(torch.nan if tensor.is_floating_point() else -1)  # a code's scale is NaN
 
     def difference(self, one: int, other: int) -> str | None:
         """The first place where two sequences of this state are not the same bits, in words; None: nowhere. Page
@@ -284,11 +313,15 @@ class State:
                 _, k, d, _ = layer.keys.shape
                 keys = _expected(saved, f"{number}.keys", (k, d, position), layer.keys.dtype)
                 values = _expected(saved, f"{number}.values", (k, position, d), layer.values.dtype)
+                scales = layer.scales.new_empty(0, k, position)
+                if layer.scales_of_codes is not None:
+                    scales = _expected(saved, f"{number}.scales", (2, k, position), torch.float32)
                 for page, begin in zip(table, range(0, position, BLOCK), strict=True):
                     new = slice(begin, begin + BLOCK)
                     count = min(BLOCK, position - begin)
                     layer.keys[page, :, :, :count] = keys[:, :, new]
                     layer.values[page, :, :count] = values[:, new]
+                    layer.scales[page, :, :, :count] = scales[:, :, new]
 
     def _remembered(self, layer: MambaState | AttentionState, index: int) -> dict[str, Tensor]:
         """All that will be read of one sequence in a layer."""
@@ -296,7 +329,10 @@ class State:
         if isinstance(layer, AttentionState):
             keys = layer.keys[table].permute(1, 2, 0, 3).flatten(2)  # (k, d, places)
             values = layer.values[table].transpose(0, 1).flatten(1, 2)  # (k, places, d)
-            return {"keys": keys[..., :position], "values": values[:, :position]}
+            kept = {"keys": keys[..., :position], "values": values[:, :position]}
+            if layer.scales_of_codes is not None:
+                kept["scales"] = layer.scales[table].permute(1, 2, 0, 3).flatten(2)[..., :position]
+            return kept
         held = Segments((position,), (1,)).carried[0]
         return {
             "conv": layer.conv[index, _newest(layer, position)],
@@ -342,20 +378,20 @@ def slot_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
 
 
 def page_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Of one page, in all attention layers together."""
+    """Of one page, in all attention layers together. dtype: of keys and values."""
     return State.pool(config, 0, 1, dtype=dtype, device="meta").size_bytes
 
 
 def _layers(
-    config: ModelConfig, slots: int, pages: int, dtype: torch.dtype, device: torch.device, new: New
+    config: ModelConfig, slots: int, pages: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device, new: New
 ) -> list[MambaState | AttentionState | None]:
     layers: list[MambaState | AttentionState | None] = []
     for layer in config.layers:
         match layer:
             case MambaConfig():
-                layers.append(MambaState.of(layer, slots, dtype, device, new))
+                layers.append(MambaState.of(layer, slots, dtypes[0], device, new))
             case AttentionConfig():
-                layers.append(AttentionState.of(layer, pages, dtype, device, new))
+                layers.append(AttentionState.of(layer, pages, dtypes[1], device, new))
             case _:
                 layers.append(None)
     return layers

@@ -1,9 +1,9 @@
 """Queries against the blocks of keys that they see, with a running softmax. Definition: `ops/attention.py`.
 
-q, out (rows, f d) float32 or bfloat16 bits; keys (pages k d, BLOCK) and values (pages k BLOCK, d) of the same kind:
-keys stand turned, one row a channel. A task is one key head and one piece of queries that lie in one block; the query
-heads that read that key head are rows of one product. A row's numbers depend on its own place alone: blocks come in
-order, each element of a product is one chain of sums.
+q, out (rows, f d) float32 or bfloat16 bits; keys (pages k d, BLOCK) and values (pages k BLOCK, d) of the same kind, or
+int8 with scales (pages 2 k, BLOCK): keys stand turned, one row a channel. A task is one key head and one piece of
+queries that lie in one block; the query heads that read that key head are rows of one product. A row's numbers depend
+on its own place alone: blocks come in order, each element of a product is one chain of sums.
 
 In bfloat16, a CPU that can takes channels, and then keys, by pairs (`pairs.py`), the products at twice the rate: the
 scores are as exact as before; the weights are rounded to bfloat16, but that of a last key without a pair.
@@ -22,11 +22,11 @@ from nemotron_h.ops.jit.tiles import HEIGHT, add_product, load_rows
 
 @kernel(1)
 def attend(
-    start: Any, stop: Any, q: Any, keys: Any, values: Any, table: Any, owner: Any, rows: Any, counts: Any,
+    start: Any, stop: Any, q: Any, keys: Any, values: Any, scales: Any, table: Any, owner: Any, rows: Any, counts: Any,
     positions: Any, heads: Any, out: Any,
 ) -> None:  # fmt: skip
     """table (s, blocks): the pages of each sequence; owner, rows, counts, positions (pieces,): each piece's sequence,
-    first row, number of queries and the place of the first. heads: of keys."""
+    first row, number of queries and the place of the first. heads: of keys. scales: none where keys are no codes."""
     d, size = values.shape[1], keys.shape[1]
     group, most = q.shape[1] // d // heads, max(counts) * (q.shape[1] // d // heads)
     queries, scores = np.empty((most, d), np.float32), np.empty((most, size), np.float32)
@@ -52,12 +52,17 @@ def attend(
                 seen[i] = min(first + i // group + 1 - block * size, size)
             load_rows(block_keys, keys, page * d, 0, d, -(-seen[m - 1] // LANES) * LANES)
             load_rows(block_values, values, page * size, 0, seen[m - 1], d)
+            of_keys = table[owner[part], block] * 2 * heads + head
             for i in range(0, m, HEIGHT):
                 end = min(i + HEIGHT, m)
                 width = -(-seen[end - 1] // LANES) * LANES
                 score(scores, i, end, width, queries, block_keys)
+                if len(scales) > 0:
+                    times(scores, i, end, seen, scales[of_keys])
                 for k in range(i, end):
                     weigh(scores[k], scale, seen[k], width, tops, sums, k, attended[k])
+                if len(scales) > 0:
+                    times(scores, i, end, seen, scales[of_keys + heads])
                 add_product(attended, i, end, d, scores, 0, block_values, 0, seen[i])
                 for k in range(i + 1, end):
                     add_product(attended, k, k + 1, d, scores, seen[i], block_values, seen[i], seen[k] - seen[i])
@@ -133,6 +138,52 @@ def keep(start: Any, stop: Any, k: Any, v: Any, pages: Any, places: Any, keys: A
             for c in range(d):
                 keys[page * d + c, places[t]] = k[t, head * d + c]
                 values[page * size + places[t], c] = v[t, head * d + c]
+
+
+@kernel(32)
+def keep_rounded(
+    start: Any, stop: Any, k: Any, v: Any, pages: Any, places: Any, keys: Any, values: Any, scales: Any
+) -> None:
+    """The same in int8: a row of a head becomes codes of -127..127 and a scale."""
+    d, size = values.shape[1], keys.shape[1]
+    heads = k.shape[1] // d
+    for t in range(start, stop):
+        for head in range(heads if pages[t] >= 0 else 0):
+            page, place = pages[t] * heads + head, places[t]
+            of_key, of_value = largest(k, t, head * d, d) / f(127), largest(v, t, head * d, d) / f(127)
+            for c in range(d):
+                keys[page * d + c, place] = code(read(k, t, head * d + c), of_key)
+                values[page * size + place, c] = code(read(v, t, head * d + c), of_value)
+            scales[(pages[t] * 2) * heads + head, place] = of_key
+            scales[(pages[t] * 2 + 1) * heads + head, place] = of_value
+
+
+@piece
+def code(x, scale):  # type: ignore[no-untyped-def]
+    """x in int8, nearest."""
+    compile_once()
+    steps = np.rint(x / scale) if scale > 0 else f(0)
+    return np.int8(min(max(steps, f(-127)), f(127)))
+
+
+@piece
+def largest(rows, t, column, count):  # type: ignore[no-untyped-def]
+    """The largest magnitude in a part of a row; NaN where there is one."""
+    compile_once()
+    found = f(0)
+    for c in range(count):
+        size = abs(read(rows, t, column + c))
+        found = size if not size <= found else found
+    return found
+
+
+@piece
+def times(scores, begin, end, seen, scales):  # type: ignore[no-untyped-def]
+    """scores[i, j] *= scales[j], of what row i sees"""
+    compile_once()
+    for i in range(begin, end):
+        for j in range(seen[i]):
+            scores[i, j] *= scales[j]
 
 
 @piece

@@ -208,6 +208,8 @@ if numba is not None:
     def _read(array, i, j):  # type: ignore[no-untyped-def]
         if array.dtype == types.uint16:
             return lambda array, i, j: from_bfloat16(array[u(i), u(j)])
+        if array.dtype == types.int8:
+            return lambda array, i, j: np.float32(array[u(i), u(j)])
         return lambda array, i, j: array[u(i), u(j)]
 
     @overload(read_at, inline="always")  # type: ignore[untyped-decorator]
