@@ -76,6 +76,8 @@ def test_other_settings_or_prompts_do_not_go_on(command: Command, checkpoint: Pa
     assert line.endswith(
         "must go on with the settings it was begun with; max_tokens was 9, is 128; name another --output"
     )
+    line = command("generate", checkpoint, "--batch", path, *OPTIONS, "--keys-values", "int8").line
+    assert "; keys_values was 'as computed', is 'int8'; " in line
     prompts_in(tmp_path, {"prompt": "def g"})
     assert "; prompts was '" in command("generate", checkpoint, "--batch", path, *OPTIONS).line
     (tmp_path / "mine").write_text("precious\n")

@@ -45,6 +45,16 @@ def test_one_that_ends_without_an_answer_is_named_with_its_last_words(script: Pa
         one.ask("leave")
 
 
+def test_one_that_was_killed_while_it_waited(script: Path, tmp_path: Path) -> None:
+    one = Contestant(script, [str(tmp_path / "written"), "a"])
+    one.process.kill()
+    one.process.wait()
+    with pytest.raises(Failed, match=r": it ended without an answer$"):
+        one.ask("count", by=1)
+    assert one.ended
+    one.close()
+
+
 def test_one_that_cannot_begin(tmp_path: Path) -> None:
     (tmp_path / "silent.py").write_text("")
     with pytest.raises(Failed, match=r"silent\.py: it ended without an answer$"):

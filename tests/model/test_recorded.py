@@ -108,6 +108,29 @@ def test_a_few_tokens_at_a_time_and_other_sequences(monkeypatch: pytest.MonkeyPa
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_rows_may_be_anybodys(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One recording serves every split of its rows among its sequences, with more and less padding, over the edges of
+    chunks and pages."""
+    model = built("8b", precision)
+    model.row_multiple = 8
+    tokens = shapes.random_tokens(SLOTS, 320, seed=6)
+    splits = [[5, 1, 2], [1, 6, 1], [2, 2, 1], [1, 1, 1], [1, 1, 6], [3, 4, 1], [6, 1, 1]]
+    lengths = (splits + [[1, 1, 1]] * 4) * 2
+    runs = counted(monkeypatch)
+    starts = [40, 61, 250]
+    parts: list[list[Tensor]] = [[] for _ in starts]
+    calls = Calls(model, pool(model, starts, tokens))
+    for of_call in lengths:
+        for own, new in zip(parts, steps(calls, tokens, [of_call]), strict=True):
+            own.append(new)
+    for row, (own, start) in enumerate(zip(parts, starts, strict=True)):
+        got = torch.cat(own)
+        assert torch.equal(got, model(tokens[row : row + 1])[0][start : start + len(got)]), row
+    assert len(runs) == len(lengths) - 1
+
+
+@torch.no_grad()
 def test_what_a_call_gave_stays_as_it_was() -> None:
     model = built("8b", "int8")
     tokens = shapes.random_tokens(SLOTS, 60, seed=3)

@@ -15,6 +15,7 @@ from torch import Tensor
 from nemotron_h.config import cost
 from nemotron_h.config.presets import PRESETS
 from nemotron_h.errors import ShapeError, UnsupportedError
+from nemotron_h.grid import AHEAD, CHUNK
 from nemotron_h.model.attention import Attention
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.model.init import initialise
@@ -392,3 +393,33 @@ def test_keys_and_values_in_another_dtype_are_refused() -> None:
     net = deepcopy(model("8b"))
     with pytest.raises(UnsupportedError, match=r"^keys_values: must be torch.int8, or None; got torch.float16$"):
         net.keys_values = torch.float16
+
+
+@torch.no_grad()
+def test_a_sequence_goes_back_within_its_chunk() -> None:
+    """And on again: what it had read in vain has left nothing."""
+    net, tokens = model("8b"), random_tokens(1, 200, seed=80)
+    whole = net(tokens)
+    state = net.empty_state(1)
+    place, parts = 0, []
+    while place < 200:
+        count = min(1 + place % (AHEAD + 1), 200 - place, CHUNK - place % CHUNK)
+        right = min(count, 1 + place % 3)
+        given = random_tokens(1, count, seed=place)
+        given[:, :right] = tokens[:, place : place + right]
+        parts.append(net(given, state)[:, :right])
+        state.go_back(0, count - right)
+        place += right
+        assert state.positions == [place]
+    assert torch.equal(torch.cat(parts, dim=1), whole)
+    again = in_cuts(net, tokens, [])[1]
+    both = State.pool(net.config, 2, 1, dtype=torch.float32)
+    for row, one in enumerate((state, again)):
+        both.load(row, 200, [0], one.saved(0))
+    assert both.difference(0, 1) is None
+    for count in (AHEAD + 1, -1, 9):  # 200 is 8 tokens into its chunk
+        with pytest.raises(ShapeError, match=rf"^count: must be 0\.\.15, and leave .*; got {count} of 200$"):
+            state.go_back(0, count)
+    state.go_back(0, 2)
+    state.go_on(0)
+    assert state.positions == [199]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from nemotron_h.errors import RequestError
-from nemotron_h.report.bars import Group, bar, bars, save_bars
+from nemotron_h.report.bars import Group, bar, bars, check_picture, number, save_bars
 
 GROUPS = [
     Group("reading, tokens/s", {"nemotron-h": 1000.0, "other [1]": 250.0}, roof=2000.0),
@@ -29,6 +29,13 @@ def test_a_bar_has_eighths(length: float, drawn: str) -> None:
     assert bar(length) == drawn
 
 
+@pytest.mark.parametrize(
+    ("value", "written"), [(0.12345, "0.1235"), (12.345, "12.35"), (999.94, "999.9"), (12345.6, "12,346")]
+)
+def test_a_number_is_written_out(value: float, written: str) -> None:
+    assert number(value) == written
+
+
 @pytest.mark.parametrize("kind", ["png", "svg"])
 def test_a_picture_is_written(tmp_path: Path, kind: str) -> None:
     save_bars(GROUPS, tmp_path / f"speed.{kind}", title="8b")
@@ -39,4 +46,6 @@ def test_a_picture_is_written(tmp_path: Path, kind: str) -> None:
 
 def test_a_format_that_nobody_writes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"^plot: must be a file of one of .*png.*; got speed\.txt$"):
-        save_bars(GROUPS, tmp_path / "speed.txt", title="8b")
+        check_picture(tmp_path / "speed.txt")
+    with pytest.raises(RequestError, match=r"^plot: must lie in a folder that is there; got .*none/speed\.png$"):
+        check_picture(tmp_path / "none" / "speed.png")

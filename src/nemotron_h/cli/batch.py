@@ -48,7 +48,7 @@ def answer_batch(
             raise type(error)(f"{prompt.where}: {error}") from None
     settings = {**asked, "max_tokens": max_tokens, "sampling": to_mapping(sampling)}
     settings |= {"precision": str(model.model.compute_dtype), "prompts": digest(requests)}
-    settings |= {"weights": fingerprint.weights(model.model)}
+    settings |= {"weights": fingerprint.weights(model.model), "keys_values": fingerprint.keys_values(model.model)}
     counts = model.engine.counts
     with (
         closing(Output(output, settings)) as done,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SHORT = 512
 HERE = "nemotron-h"
+MOST_AT_ONCE = 16
 
 
 def bench(
@@ -57,11 +58,13 @@ def bench(
     environment, or in the one whose Python is named. All take turns in one run.
     """
     prompts, contexts = prompt or [SHORT], context or [SHORT]
-    for name, counts in (("prompt", prompts), ("context", contexts), ("runs", [runs]), ("at-once", [at_once or 1])):
+    asked = {"prompt": prompts, "context": contexts, "runs": [runs], "at_once": [1 if at_once is None else at_once]}
+    for name, counts in asked.items():
         if min(counts) < 1:
             raise RequestError(f"{name}: must be 1 or above; got {min(counts)}")
+    if at_once is not None and at_once > MOST_AT_ONCE:
+        raise RequestError(f"at_once: must be {MOST_AT_ONCE} or below, which all contestants compute; got {at_once}")
     # after the checks: they import torch
-    import torch
     from rich.console import Console
 
     from nemotron_h import machine
@@ -70,39 +73,38 @@ def bench(
     from nemotron_h.cli.watch import Watch
     from nemotron_h.config.presets import PRESETS
     from nemotron_h.evaluate.speed import Race, installed, untrained
-    from nemotron_h.inference.load import AUTO, check_precision, chosen_precision, stored_precision
-    from nemotron_h.report.bars import bars, save_bars
+    from nemotron_h.inference.load import check_precision
+    from nemotron_h.report.bars import bars, check_picture, save_bars
 
-    kept = Path(cache) if cache is not None else machine.cache_folder() / "bench"
     for one in precision or []:
         check_precision(one)
+    if plot is not None:
+        check_picture(Path(plot))
     settle()
     named = {"llama": llama, "vllm": vllm, "transformers": transformers}
     peers = {} if alone else installed() | {name: python for name, python in named.items() if python is not None}
+    kept = Path(cache) if cache is not None else machine.cache_folder() / "bench"
     with Watch(Console(stderr=True), "bench") as watch:
         if path in PRESETS:
             watch.say(f"{path}: random weights, in {kept / path}")
             kept.mkdir(parents=True, exist_ok=True)
-            folder = untrained(path, kept)
-        else:
-            folder = Path(folder_of(path))
-        stored, fast = stored_precision(folder), chosen_precision(AUTO, torch.device("cpu"))
-        of_folder = [fast, "int8", "int4"] if stored is None else [stored]
-        precisions = [fast if one == AUTO and stored is None else one for one in precision or of_folder]
-        race = Race(folder, kept, peers, runs)
+        race = Race(untrained(path, kept) if path in PRESETS else Path(folder_of(path)), kept, peers, runs)
+        precisions = chosen(race.folder, precision)
         found: list[tuple[Row, float | None]] = []
         steps = len(precisions) * (len(prompts) + len(contexts) + (at_once is not None))
         for own, roof in figures(race, precisions, prompts, contexts, at_once):
             found += [(row, roof) for row in own]
             watch.fraction(len({row.what for row, _ in found}) / steps, own[0].what)
     groups = grouped(found)
-    if plot is not None:
-        save_bars(groups, Path(plot), title=f"{path}, tokens/s on {machine.cpu_name()}, {machine.cores()} cores")
     if as_json:
         print(json.dumps(as_mapping(path, found, race)))
+    title = f"{path}, tokens/s on {machine.cpu_name()}, {machine.cores()} cores"
+    if plot is not None:
+        save_bars(groups, Path(plot), title=title)
+    if as_json:
         return
     console = Console()
-    console.print(f"{path} on {machine.cpu_name()}, {machine.cores()} cores; medians of {runs}\n", highlight=False)
+    console.print(f"{title}; medians of {runs}\n", highlight=False, markup=False)
     console.print(bars(groups, width=min(console.width, 100)), highlight=False)
     missing = [name for name in named if name not in peers]
     if missing and not alone:
@@ -111,6 +113,20 @@ def bench(
         )
     if plot is not None:
         print(plot)
+
+
+def chosen(folder: Path, asked: list[str] | None) -> list[str]:
+    """The precisions to measure: a folder in integers has one, of another what is fast here and the integers."""
+    import torch
+
+    from nemotron_h.inference.load import AUTO, check_stored, chosen_precision, stored_precision
+
+    stored = stored_precision(folder)
+    possible = [chosen_precision(AUTO, torch.device("cpu")), "int8", "int4"] if stored is None else [stored]
+    found = [possible[0] if one == AUTO else one for one in asked or possible]
+    for one in found:
+        check_stored(folder, stored, one)
+    return found
 
 
 def figures(

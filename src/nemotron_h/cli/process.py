@@ -7,7 +7,7 @@ HELP_PRECISION = "bfloat16, float32, int8, int4, or auto: as the folder's intege
 # of --keys-values
 HELP_KEYS_VALUES = "int8: keys and values take half the memory and are rounded; auto: as the model computes."
 # of --drafts
-HELP_DRAFTS = "Read what followed the last tokens before ahead of its coming: auto (where it pays), always, or off."
+HELP_DRAFTS = "Guess tokens from what followed the last ones before; none changes: auto (where it pays), always, off."
 
 
 def settle() -> None:

@@ -1,6 +1,8 @@
 """How fast a model reads and writes here, in each precision, beside other programs that have it.
 
-    for figure in Race(folder, cache, peers).figures(): ...
+    race = Race(folder, cache, peers)
+    with race.contestants("int8") as some:
+        rows = race.prefill(some, length=512)
 
 Whoever is compared takes turns with the others in one run (`contestants/contest.py`), so that they share the machine's
 moods. Beside each figure stands its share of the roof: products over the rate of products, or bytes over the rate of
@@ -10,6 +12,7 @@ memory, both measured in the same run. Peers get the same weights; llama.cpp get
 import hashlib
 import importlib.util
 import logging
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,7 +28,7 @@ from nemotron_h.config.keys import CONFIG_FILE
 from nemotron_h.config.presets import PRESETS
 from nemotron_h.config.published import read_config
 from nemotron_h.convert.gguf import write_gguf
-from nemotron_h.errors import NemotronError
+from nemotron_h.errors import CapacityError, NemotronError, RequestError
 from nemotron_h.evaluate.contestants.contest import Contestant, Failed, turns
 from nemotron_h.evaluate.rows import Row, row
 from nemotron_h.model.hybrid import Hybrid
@@ -41,17 +44,36 @@ DECODED = 64  # tokens of a run
 
 
 def untrained(preset: str, parent: Path) -> Path:
-    """A checkpoint of that shape with random weights, written where it is not there yet: parent/PRESET."""
-    if not (parent / preset).exists():
+    """A checkpoint of that shape with random weights, written where it is not there yet: parent/PRESET.
+
+    Raises: CapacityError where memory is too small for it; RequestError where something else is there.
+    """
+    folder = parent / preset
+    if folder.exists():
+        if read_config(folder / CONFIG_FILE) != PRESETS[preset]:
+            raise RequestError(f"{folder}: must be what the preset {preset} is; it is another model; remove it")
+    else:
+        needed, free = sum(cost.weight_bytes(PRESETS[preset], "bfloat16").values()), machine.memory().available_bytes
+        if needed > free:
+            raise CapacityError(
+                f"{preset}: its random weights need {needed:,} bytes of memory; {free:,} are free; take a smaller one"
+            )
         model = Hybrid(PRESETS[preset], dtype=torch.bfloat16)
         initialise(model, seed=0)
-        save(model, parent / preset)
-    return parent / preset
+        save(model, folder)
+    return folder
 
 
 def installed() -> dict[str, str]:
     """The peers that this very environment has, with its Python."""
     return {name: sys.executable for name, module in MODULES.items() if importlib.util.find_spec(module) is not None}
+
+
+def check_has(python: str, module: str) -> None:
+    """Raises: Failed where that Python cannot import it; OSError where it is none."""
+    done = subprocess.run([python, "-c", f"import {module}"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Failed(python, (done.stderr.strip().splitlines() or ["it ended"])[-1])
 
 
 class Race:
@@ -60,6 +82,7 @@ class Race:
     def __init__(self, folder: Path, cache: Path, peers: Mapping[str, str], n: int = 5) -> None:
         """cache: where the GGUF files are, and stay. peers: the Python of each of MODULES that takes part."""
         self.folder, self.cache, self.peers, self.n = folder, cache, peers, n
+        self.threads = str(torch.get_num_threads())
         self.config = read_config(folder / CONFIG_FILE)
         self.absent: dict[str, str] = {}  # contestants that could not be started, and why
 
@@ -77,7 +100,10 @@ class Race:
     def contestants(self, precision: str, peers: Sequence[str] = tuple(MODULES)) -> Iterator[dict[str, Contestant]]:
         """By name: ours in a precision, and the peers that have the like: of llama.cpp the type of as many bits."""
         with ExitStack() as stack:
-            ours = Contestant(SCRIPTS / "run_ours.py", [str(self.folder), precision])
+            try:
+                ours = Contestant(SCRIPTS / "run_ours.py", [str(self.folder), precision, self.threads])
+            except Failed as error:
+                raise RequestError(f"{precision}: {error.words}") from None
             stack.callback(ours.close)
             found = {precision: ours}
             for peer in peers:
@@ -85,24 +111,39 @@ class Race:
                     continue
                 try:
                     found[peer] = self._started(peer, precision)
-                except (Failed, NemotronError) as error:
-                    self.absent[f"{peer}, {precision}"] = str(error)
-                    LOG.warning("%s does not take part in %s: %s", peer, precision, error)
+                except (Failed, OSError, NemotronError) as error:
+                    self._leave_out(peer, precision, error)
                 else:
                     stack.callback(found[peer].close)
             yield found
 
+    def _leave_out(self, peer: str, precision: str, error: Exception) -> None:
+        self.absent[f"{peer}, {precision}"] = str(error)
+        LOG.warning("%s does not take part in %s: %s", peer, precision, error)
+
     def _started(self, peer: str, precision: str) -> Contestant:
         given = [str(self.folder), precision]
         if peer == "llama":
-            given = [str(self.gguf(TYPES[precision])), str(machine.cores())]
+            check_has(self.peers[peer], MODULES[peer])  # before a file is written for it
+            given = [str(self.gguf(TYPES[precision])), self.threads]
         return Contestant(SCRIPTS / f"run_{peer}.py", given, self.peers[peer])
 
     def rows(self, what: str, contestants: Mapping[str, Contestant], question: str, **details: int) -> list[Row]:
-        """Ours, the first of the contestants, against each of the others that can be asked this, in turns."""
-        able = {name: one for name, one in contestants.items() if question in one.about["answers"]}
-        (precision, *names), everybody = list(able), list(able.values())
-        runs = turns(everybody, question, self.n, **details)
+        """Ours, the first of the contestants, against each of the others that can be asked this, in turns. Who ends
+        meanwhile is left out from then on."""
+        precision = next(iter(contestants))
+        able = {name: one for name, one in contestants.items() if question in one.about["answers"] and not one.ended}
+        while True:
+            try:
+                runs = turns(list(able.values()), question, self.n, **details)
+                break
+            except Failed as error:
+                gone = next(name for name, one in able.items() if one.ended)
+                if gone == precision:
+                    raise RequestError(f"{what}: {error.words}") from None
+                self._leave_out(gone, precision, error)
+                del able[gone]
+        names = list(able)[1:]
         found = []
         for name, own in zip(names, runs[1:], strict=True):
             version = contestants[name].about["version"] + (f" {TYPES[precision]}" if name == "llama" else "")
@@ -131,7 +172,9 @@ class Race:
 
     def decode_roof(self, precision: str, after: int) -> float:
         """Tokens per second at the rate of memory: each reads the weights, the state, and the keys and values."""
-        parts = cost.weight_bytes(self.config, precision)
-        weights = parts["matrices"] + parts["head"] + parts["vectors"]
-        context = sum(cost.state_bytes(self.config).values()) + cost.token_bytes(self.config) * after
-        return machine.bandwidth() / (weights + context)
+        bits = 32 if precision == "float32" else 16
+        parts, state = cost.weight_bytes(self.config, precision), cost.state_bytes(self.config, input_bits=bits)
+        # a tied head reads the embedding, unless it is in integers and has weights of its own
+        head = parts["head"] or parts["embedding"]
+        context = sum(state.values()) - state["draft inputs"] + cost.token_bytes(self.config, bits) * after
+        return machine.bandwidth() / (parts["matrices"] + head + parts["vectors"] + context)

@@ -19,12 +19,14 @@ KNOWN = 16  # of a match: longer ones are not told apart
 FIRST_CHANCE = 0.2  # that what follows a match comes again, before anything is known
 WEIGHT = 2.0  # of what is taken to be so, in tokens seen
 FORGETTING = 0.98  # what was seen counts so much less with each token
+AT_ONCE = 4096  # tokens that are taken in before a pass: milliseconds, which everybody waits
 
 ROWS = 4  # rows of a pass with drafts come in multiples of it, so that calls are of few sizes
 MOST_ROWS = 16  # of such a pass
 GUESS = 1 / 16  # of a pass: what a row more is taken to cost until it is measured
 RECENT = 5  # measurements of a size, of which the least is taken
 STALE = 256  # passes after which they are forgotten, for they may have been of a busy moment
+ONCE = 32  # passes after which a single one is
 
 
 class Lookup:
@@ -35,22 +37,24 @@ class Lookup:
         self._matched = 0  # tokens before it that are those before the next
         self._after: dict[tuple[int, ...], int] = {}  # the place after each run of tokens, the latest
         self._read = 0  # tokens that are in it
+        self._whole = False  # are they all?
         self._right, self._seen = ([0.0] * (KNOWN.bit_length() + 1) for _ in range(2))  # by `_kind` of match
 
     def follow(self, tokens: Sequence[int]) -> None:
-        """Take in what is new of tokens: those of the last time, and more."""
-        for end in range(self._read + 1, len(tokens) + 1):
+        """Take in what is new of tokens: those of the last time, and more; of very many some, and the rest later."""
+        last = min(len(tokens), self._read + AT_ONCE)
+        for end in range(self._read + 1, last + 1):
             if self._place is not None:
                 right = tokens[self._place] == tokens[end - 1]
                 self._learn(right)
                 self._place, self._matched = (self._place + 1, self._matched + 1) if right else (None, 0)
             grams = [tuple(tokens[end - length : end]) for length in GRAMS if end >= length]
-            if self._place is None and (self._read or end == len(tokens)):  # a prompt is given: only its end counts
+            if self._place is None and (self._whole or end == len(tokens)):  # of a prompt only what may follow its end
                 self._place = next((self._after[gram] for gram in grams if gram in self._after), None)
                 self._matched = self._common(tokens, end)
             for gram in grams:
                 self._after[gram] = end
-        self._read = len(tokens)
+        self._read, self._whole = last, last == len(tokens)
 
     def _common(self, tokens: Sequence[int], end: int) -> int:
         """How many tokens before the place found are those before end, up to KNOWN."""
@@ -139,9 +143,10 @@ class Drafts:
 
     def _known(self, sequences: int, rows: int) -> float | None:
         key = sequences, rows
-        if self._passes - self._measured.get(key, -STALE) >= STALE:
+        if key not in self._seconds:
             return None
-        return min(self._seconds[key])
+        limit = STALE if len(self._seconds[key]) > 1 else ONCE
+        return min(self._seconds[key]) if self._passes - self._measured[key] < limit else None
 
     def _guessed(self, sequences: int, alone: int, rows: int) -> float:
         return (self._known(sequences, alone) or 0.0) * (1 + GUESS * (rows - alone))

@@ -69,7 +69,7 @@ class Engine:
         if not self.arithmetic.holds:
             LOG.warning(
                 "one arithmetic does not hold on this machine (%s): answers may depend on who is served beside them, "
-                "only whole portions of prompts are reused, and no folder of snapshots is",
+                "only whole portions of prompts are reused, no folder of snapshots is, and nothing is read ahead",
                 "; ".join(self.arithmetic.failures),
             )
         self.memory = Memory(model, self.config)

@@ -222,20 +222,16 @@ def load(
     device = usable(device)
     folder = located(path)
     stored = stored_precision(folder)
-    if stored is not None and precision not in (AUTO, stored):
-        raise RequestError(
-            f"precision: must be {AUTO} or {stored}, in which the weights of {folder} are; got {precision!r}; "
-            "load the checkpoint that it was made from"
-        )
+    check_stored(folder, stored, precision)
     chosen = stored or (precision if precision in BITS else chosen_precision(precision, device))
     check_memory(folder, chosen, device)
     language = read(folder, dtype=PRECISIONS.get(chosen, torch.bfloat16), device=device)
     language.model.requires_grad_(False)
-    language.model.keys_values = None if keys_values == AUTO else torch.int8
     if chosen in BITS and stored is None:
         LOG.info("rounding the weights to %s; `nemotron-h quantize` does it once for all", chosen)
         quantize(language.model, chosen, windows(language.tokenizer, language.model, LOADED_WINDOWS))
     language.model.pack()
+    language.model.keys_values = None if keys_values == AUTO else torch.int8  # weights are rounded without it
     return replace(language, engine_config=engine_config)
 
 
@@ -266,6 +262,15 @@ def check_keys_values(keys_values: str) -> None:
     """Refuse what keys and values cannot be kept in."""
     if keys_values not in KEYS_VALUES:
         raise RequestError(f"keys_values: must be one of {', '.join(KEYS_VALUES)}; got {keys_values!r}")
+
+
+def check_stored(folder: Path, stored: str | None, precision: str) -> None:
+    """Refuse a precision that is not the one which a folder's matrices are stored in."""
+    if stored is not None and precision not in (AUTO, stored):
+        raise RequestError(
+            f"precision: must be {AUTO} or {stored}, in which the weights of {folder} are; got {precision!r}; "
+            "load the checkpoint that it was made from"
+        )
 
 
 def stored_precision(folder: Path) -> str | None:

@@ -64,7 +64,8 @@ def _call(
         hidden = model.hidden(ids, segments, part, torch.tensor(picked, device=model.device))
         logits = model.logits(hidden) if wanted else hidden
         state.follow(part, rows)
-    state.positions[rows.start : rows.stop] = ends  # a draft lies beyond, until it is known to come
+    for row, draft in zip(rows, drafts, strict=True):
+        state.go_back(row, len(draft))  # until it is known to come
     given = iter(logits)
     for sequence, draft in wanted:
         sequence.logits = next(given)

@@ -147,7 +147,7 @@ class Scheduler:
     def accept(self, sequence: Sequence) -> None:
         """The first token of its draft has come: it has been read already."""
         (_, sequence.logits), *sequence.ahead = sequence.ahead
-        self.memory.state.positions[self.running.index(sequence)] += 1
+        self.memory.state.go_on(self.running.index(sequence))
         sequence.answer.accepted += 1
         self.counts.accepted_tokens += 1
         self.counts.read_tokens += 1

@@ -172,9 +172,11 @@ class Hybrid(nn.Module):
     def keys_values(self, dtype: torch.dtype | None) -> None:
         if dtype not in (None, torch.int8):
             raise UnsupportedError(f"keys_values: must be torch.int8, or None; got {dtype}")
-        for one in self.modules():
-            if isinstance(one, Attention):
-                one.keys_values = dtype
+        attention = [one for one in self.modules() if isinstance(one, Attention)]
+        if dtype is not None and not attention:
+            raise UnsupportedError("keys_values: must be None in a model without attention; it keeps none")
+        for one in attention:
+            one.keys_values = dtype
 
     @property
     def precision(self) -> str:

@@ -6,7 +6,8 @@ A step of generation launches hundreds of kernels, and to do it from Python take
 like the last: the same launches of the same memory. What differs, tokens and where sequences stand, are tables, whose
 shapes follow from how many sequences and rows there are (`segments.few`). So the call is made once as any other, and
 its launches are recorded (`jit/kernels.py`); the next ones write their tables over its own and run the launches again.
-They are the same kernels on the same numbers, hence the same bits.
+They are the same kernels on the same numbers, hence the same bits. Rows of padding are whatever an earlier call left
+there, which no other row reads.
 
 A call in which torch computes anything cannot be run again: it is found out, and made anew each time.
 """

@@ -123,7 +123,7 @@ class AttentionState:
 
     @property
     def scales_of_codes(self) -> Tensor | None:
-        return self.scales if self.scales.numel() else None
+        return self.scales if self.scales.shape[1] else None
 
     def push(self, k: Tensor, v: Tensor, paging: Paging) -> None:
         """Write new rows k and v (rows, kv, d) to their pages."""
@@ -241,6 +241,23 @@ class State:
     def follow(self, part: "State", rows: range) -> None:
         """The sequences of a part have moved on, as it says of itself."""
         self.positions[rows.start : rows.stop] = part.positions
+
+    def go_back(self, index: int, count: int) -> None:
+        """A sequence's last tokens were read in vain: what they left lies beyond its position, where nothing is read.
+
+        At most AHEAD of them, all in the chunk of the one before; `go_on` says of the first that it counts after all.
+        """
+        place = self.positions[index] - count
+        if not 0 <= count <= AHEAD or place < 1 or (place - 1) // CHUNK != (self.positions[index] - 1) // CHUNK:
+            raise ShapeError(
+                f"count: must be 0..{AHEAD}, and leave the sequence in its chunk of {CHUNK}; got {count} of "
+                f"{self.positions[index]}"
+            )
+        self.positions[index] = place
+
+    def go_on(self, index: int) -> None:
+        """The first token that a sequence has gone back by counts after all."""
+        self.positions[index] += 1
 
     def restart(self, index: int) -> None:
         """A new sequence begins here."""

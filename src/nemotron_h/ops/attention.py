@@ -26,7 +26,7 @@ from nemotron_h.errors import ShapeError
 from nemotron_h.grid import BLOCK, DEPTH, ROWS, round_up
 from nemotron_h.ops.jit import attention as jit
 from nemotron_h.ops.jit.pairs import ADDS_PAIRS
-from nemotron_h.ops.jit.scalars import array, runs
+from nemotron_h.ops.jit.scalars import array, f, runs
 from nemotron_h.ops.segments import Segments
 from nemotron_h.ops.shapes import expect, wants_gradient
 
@@ -80,7 +80,7 @@ def keep_rows(
         if scales is None:
             jit.keep(*rows, *kept)
         else:
-            jit.keep_rounded(*rows, *kept, array(scales.view(-1, BLOCK)))
+            jit.keep_rounded(*rows, *kept, array(scales.view(-1, BLOCK)), f(LEVELS))
         return
     new = (pages >= 0).nonzero().flatten()
     pages, places, new = (t.to(k.device) for t in (pages[new], places[new], new))

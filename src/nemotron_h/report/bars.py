@@ -30,7 +30,7 @@ def bars(groups: Sequence[Group], *, width: int = 80) -> Text:
     """Draw them in the terminal, width characters wide. The largest value of a group fills the line; a roof above it is
     said, not drawn."""
     names = max((len(name) for group in groups for name in group.values), default=0)
-    numbers = max((len(f"{value:,.4g}") for group in groups for value in group.values.values()), default=0)
+    numbers = max((len(number(value)) for group in groups for value in group.values.values()), default=0)
     room = max(8, width - names - numbers - 6)
     drawn = Text()
     for group in groups:
@@ -42,9 +42,14 @@ def bars(groups: Sequence[Group], *, width: int = 80) -> Text:
             drawn.append(f"  {share:.0%} of what the machine allows", style="dim")
         most = max(group.values.values())
         for place, (name, value) in enumerate(group.values.items()):
-            drawn.append(f"\n  {name:<{names}}  {value:>{numbers},.4g}  ")
+            drawn.append(f"\n  {name:<{names}}  {number(value):>{numbers}}  ")
             drawn.append(bar(value / most * room), style="green" if place == 0 else "dim")
     return drawn
+
+
+def number(value: float) -> str:
+    """With four digits or more."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def bar(length: float) -> str:
@@ -53,26 +58,35 @@ def bar(length: float) -> str:
     return "█" * whole + EIGHTHS[eighths].strip()
 
 
+def check_picture(path: Path) -> None:
+    """Refuse what `save_bars` could not write."""
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
+    except ImportError:
+        raise RequestError("plot: needs matplotlib; install nemotron-h[eval]") from None
+    kinds = Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in kinds:
+        raise RequestError(f"plot: must be a file of one of {', '.join(sorted(kinds))}; got {path.name}")
+    if not path.parent.is_dir():
+        raise RequestError(f"plot: must lie in a folder that is there; got {path}")
+
+
 def save_bars(groups: Sequence[Group], path: Path, *, title: str) -> None:
     """Write them as a picture, in the format that the file's name ends with.
 
     Raises: RequestError without matplotlib, and for a format that it does not write.
     """
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
-    except ImportError:
-        raise RequestError("plot: needs matplotlib; install nemotron-h[eval]") from None
+    check_picture(path)
+    from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
+
     figure = Figure(figsize=(8, 1.2 + 0.5 * sum(len(group.values) + 1 for group in groups)), layout="constrained")
-    if path.suffix.removeprefix(".") not in figure.canvas.get_supported_filetypes():
-        known = ", ".join(sorted(figure.canvas.get_supported_filetypes()))
-        raise RequestError(f"plot: must be a file of one of {known}; got {path.name}")
     ratios = [len(group.values) + 1 for group in groups]
     for group, axes in zip(
         groups, figure.subplots(len(groups), 1, squeeze=False, height_ratios=ratios)[:, 0], strict=True
     ):
         names, values = list(group.values), list(group.values.values())
         drawn = axes.barh(names, values, color=[COLOURS[min(k, len(COLOURS) - 1)] for k in range(len(names))])
-        axes.bar_label(drawn, [f"{value:,.4g}" for value in values], padding=3)
+        axes.bar_label(drawn, [number(value) for value in values], padding=3)
         axes.invert_yaxis()
         axes.margins(x=0.15)
         axes.set_title(group.title, loc="left", fontsize="medium")

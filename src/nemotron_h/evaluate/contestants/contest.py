@@ -5,6 +5,7 @@ contestant is a script that calls `serve` with what it can be asked; questions a
 file is all of ours that such a script finds, for its environment need not have the rest.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -16,13 +17,18 @@ from typing import Any
 
 
 class Failed(Exception):
-    """A contestant ended, in the words of its last lines."""
+    """A contestant ended. words: its last ones."""
+
+    def __init__(self, who: str, words: str) -> None:
+        super().__init__(f"{who}: {words}")
+        self.words = words
 
 
 class Contestant:
     """A script in its own Python, alive until it is closed. Raises: Failed where it ends before it answers."""
 
     def __init__(self, script: Path, arguments: Sequence[str], python: str = sys.executable) -> None:
+        self.ended = False
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - what it writes to stderr, until it is closed
         paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.process = subprocess.Popen(
@@ -37,17 +43,18 @@ class Contestant:
 
     def ask(self, question: str, **details: Any) -> Any:
         assert self.process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it has ended, as its answer will tell
             self.process.stdin.write(json.dumps({"question": question, **details}) + "\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            """It has ended, as its answer will tell."""
         return self._answer()
 
     def close(self) -> None:
+        if self.ended:
+            return
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has ended, with a question unread
+            self.process.stdin.close()
         self.process.stdout.close()
         self.process.wait()
         self._said.close()
@@ -60,7 +67,8 @@ class Contestant:
         self._said.seek(0)
         last = ([line.strip() for line in self._said if line.strip()] or ["it ended without an answer"])[-1]
         self.close()
-        raise Failed(f"{' '.join(map(str, self.process.args))}: {last}")  # type: ignore[arg-type]
+        self.ended = True
+        raise Failed(" ".join(map(str, self.process.args)), last)  # type: ignore[arg-type]
 
 
 def turns(contestants: Sequence[Contestant], question: str, n: int, **details: Any) -> list[list[float]]:

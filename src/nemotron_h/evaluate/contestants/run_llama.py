@@ -22,7 +22,7 @@ api.llama_backend_init()
 model = api.llama_model_load_from_file(sys.argv[1].encode(), api.llama_model_default_params())
 threads = int(sys.argv[2])
 vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
-ids = np.random.default_rng(0).integers(vocab, size=40_000).tolist()
+ids = np.random.default_rng(0).integers(vocab, size=2**20).tolist()
 Row = tuple[int, int, int, bool]  # token, its position, its sequence, whether its logits are wanted
 
 

@@ -1,4 +1,5 @@
-"""This project as a contestant: reads prompts, generates, trains. Arguments: a checkpoint folder, a precision."""
+"""This project as a contestant: reads prompts, generates, trains. Arguments: a checkpoint folder, a precision, threads
+(torch's own number without)."""
 
 import resource
 import sys
@@ -14,22 +15,27 @@ from nemotron_h.inference.load import load
 from nemotron_h.machine import tune_memory
 
 tune_memory()  # as the command does
+for threads in sys.argv[3:]:
+    torch.set_num_threads(int(threads))
 # drafts off: of random weights the text goes round, which no text does
 language = load(sys.argv[1], precision=sys.argv[2], engine_config=EngineConfig(drafts="off"))
 model = language.model
-ids = torch.randint(model.config.vocab_size, (40_000,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def prompt(length: int) -> list[int]:
+    return torch.randint(model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
 def prefill(length: int) -> float:
     """Tokens per second of a prompt, its last logits included."""
-    state, began = model.empty_state(1), time.perf_counter()
-    naive.next_logits(model, ids[:length], state)
+    ids, state, began = prompt(length), model.empty_state(1), time.perf_counter()
+    naive.next_logits(model, ids, state)
     return length / (time.perf_counter() - began)
 
 
 def decode(length: int, after: int) -> float:
     """Tokens per second, one at a time, from the second on, after a prompt that is not counted."""
-    told = language.tokens(ids[:after], max_tokens=length + 1, ignore_end=True)
+    told = language.tokens(prompt(after), max_tokens=length + 1, ignore_end=True)
     next(told)
     began = time.perf_counter()
     count = sum(1 for _ in told)

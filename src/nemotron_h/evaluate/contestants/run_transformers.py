@@ -10,7 +10,7 @@ from contest import serve
 
 transformers.logging.set_verbosity_error()
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2])).eval()
-ids = torch.randint(model.config.vocab_size, (1, 40_000), generator=torch.Generator().manual_seed(0))
+ids = torch.randint(model.config.vocab_size, (1, 2**20), generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()

@@ -20,11 +20,11 @@ if __name__ == "__main__":
         max_model_len=40_000,
         max_num_seqs=16,
     )
-    rng = random.Random(0)
+    rng, vocab = random.Random(0), model.llm_engine.model_config.get_vocab_size()
 
     def serving(count: int, length: int, new: int) -> float:
         """Tokens per second that come out, of so many prompts at once."""
-        prompts = [{"prompt_token_ids": [rng.randrange(32_000) for _ in range(length)]} for _ in range(count)]
+        prompts = [{"prompt_token_ids": [rng.randrange(vocab) for _ in range(length)]} for _ in range(count)]
         settings = SamplingParams(temperature=0, max_tokens=new, detokenize=False, ignore_eos=True)
         began = time.perf_counter()
         answers = model.generate(prompts, settings, use_tqdm=False)
@@ -34,7 +34,7 @@ if __name__ == "__main__":
 
     def prefill(length: int) -> float:
         """Tokens per second of a prompt, its first new token included."""
-        prompt = {"prompt_token_ids": [rng.randrange(32_000) for _ in range(length)]}
+        prompt = {"prompt_token_ids": [rng.randrange(vocab) for _ in range(length)]}
         began = time.perf_counter()
         model.generate([prompt], SamplingParams(temperature=0, max_tokens=1, detokenize=False), use_tqdm=False)
         return length / (time.perf_counter() - began)

@@ -142,28 +142,28 @@ def keep(start: Any, stop: Any, k: Any, v: Any, pages: Any, places: Any, keys: A
 
 @kernel(32)
 def keep_rounded(
-    start: Any, stop: Any, k: Any, v: Any, pages: Any, places: Any, keys: Any, values: Any, scales: Any
+    start: Any, stop: Any, k: Any, v: Any, pages: Any, places: Any, keys: Any, values: Any, scales: Any, levels: Any
 ) -> None:
-    """The same in int8: a row of a head becomes codes of -127..127 and a scale."""
+    """The same in int8: a row of a head becomes codes of -levels..levels and a scale."""
     d, size = values.shape[1], keys.shape[1]
     heads = k.shape[1] // d
     for t in range(start, stop):
         for head in range(heads if pages[t] >= 0 else 0):
             page, place = pages[t] * heads + head, places[t]
-            of_key, of_value = largest(k, t, head * d, d) / f(127), largest(v, t, head * d, d) / f(127)
+            of_key, of_value = largest(k, t, head * d, d) / levels, largest(v, t, head * d, d) / levels
             for c in range(d):
-                keys[page * d + c, place] = code(read(k, t, head * d + c), of_key)
-                values[page * size + place, c] = code(read(v, t, head * d + c), of_value)
+                keys[page * d + c, place] = code(read(k, t, head * d + c), of_key, levels)
+                values[page * size + place, c] = code(read(v, t, head * d + c), of_value, levels)
             scales[(pages[t] * 2) * heads + head, place] = of_key
             scales[(pages[t] * 2 + 1) * heads + head, place] = of_value
 
 
 @piece
-def code(x, scale):  # type: ignore[no-untyped-def]
-    """x in int8, nearest."""
+def code(x, scale, levels):  # type: ignore[no-untyped-def]
+    """x in int8, nearest; 0 of what is no number, whose scale says so."""
     compile_once()
-    steps = np.rint(x / scale) if scale > 0 else f(0)
-    return np.int8(min(max(steps, f(-127)), f(127)))
+    steps = np.rint(x / scale) if scale > 0 and not np.isnan(x) else f(0)
+    return np.int8(min(max(steps, -levels), levels))
 
 
 @piece
@@ -173,7 +173,7 @@ def largest(rows, t, column, count):  # type: ignore[no-untyped-def]
     found = f(0)
     for c in range(count):
         size = abs(read(rows, t, column + c))
-        found = size if not size <= found else found
+        found = found if found >= size or np.isnan(found) else size
     return found
 
 
