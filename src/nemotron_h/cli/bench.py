@@ -95,24 +95,21 @@ def bench(
         for own, roof in figures(race, precisions, prompts, contexts, at_once):
             found += [(row, roof) for row in own]
             watch.fraction(len({row.what for row, _ in found}) / steps, own[0].what)
-    groups = grouped(found)
+    groups, title = grouped(found), f"{path}, tokens/s on {machine.cpu_name()}, {machine.cores()} cores"
     if as_json:
         print(json.dumps(as_mapping(path, found, race)))
-    title = f"{path}, tokens/s on {machine.cpu_name()}, {machine.cores()} cores"
-    if plot is not None:
+    else:
+        console = Console()
+        console.print(f"{title}; medians of {runs}\n", highlight=False, markup=False)
+        console.print(bars(groups, width=min(console.width, 100)), highlight=False)
+        missing = [] if alone else [name for name in named if name not in peers]
+        if missing:
+            hint = f"--{missing[0]} PYTHON names one that is elsewhere"
+            console.print(f"\nnot here: {', '.join(missing)}; {hint}", style="dim")
+    if plot is not None:  # after what was measured has been told
         save_bars(groups, Path(plot), title=title)
-    if as_json:
-        return
-    console = Console()
-    console.print(f"{title}; medians of {runs}\n", highlight=False, markup=False)
-    console.print(bars(groups, width=min(console.width, 100)), highlight=False)
-    missing = [name for name in named if name not in peers]
-    if missing and not alone:
-        console.print(
-            f"\nnot here: {', '.join(missing)}; --{missing[0]} PYTHON names one that is elsewhere", style="dim"
-        )
-    if plot is not None:
-        print(plot)
+        if not as_json:
+            print(plot)
 
 
 def chosen(folder: Path, asked: list[str] | None) -> list[str]:

@@ -1,1 +1,1 @@
-"""Evaluation: what a model costs, and what it knows, measured."""
+"""Evaluation: what a model costs on a machine, measured."""

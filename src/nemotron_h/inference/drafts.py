@@ -129,13 +129,13 @@ class Drafts:
     def _worth(self, chances: Sequence[float], sequences: int) -> int:
         """How many drafted tokens give the most tokens a second."""
         alone = round_up(sequences, self.multiple)
-        seconds = self._known(sequences, alone)
-        if not chances or seconds is None:
+        base = self._known(sequences, alone)
+        if not chances or base is None:
             return 0
-        best, most = 0, 0.0
+        best, most, seconds = 0, 0.0, base
         for rows in (alone, *range(round_up(alone + 1, self.size), MOST_ROWS + 1, self.size)):
             # without a measurement no less than fewer rows take
-            seconds = self._known(sequences, rows) or max(seconds, self._guessed(sequences, alone, rows))
+            seconds = self._known(sequences, rows) or max(seconds, base * (1 + GUESS * (rows - alone)))
             rate = (sequences + sum(chances[: rows - sequences])) / seconds
             if rate > most:
                 best, most = rows - sequences, rate
@@ -148,13 +148,10 @@ class Drafts:
         limit = STALE if len(self._seconds[key]) > 1 else ONCE
         return min(self._seconds[key]) if self._passes - self._measured[key] < limit else None
 
-    def _guessed(self, sequences: int, alone: int, rows: int) -> float:
-        return (self._known(sequences, alone) or 0.0) * (1 + GUESS * (rows - alone))
-
     def measured(self, sequences: int, drafted: int, seconds: float) -> None:
         """A pass of everybody's next token, and of so many drafted ones, took so long."""
         key = sequences, round_up(sequences + drafted, self.size if drafted else self.multiple)
-        if self._known(*key) is None:
+        if self._passes - self._measured.get(key, -STALE) >= STALE:
             self._seconds[key] = deque(maxlen=RECENT)
         self._seconds[key].append(seconds)
         self._passes += 1

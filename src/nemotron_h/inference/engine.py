@@ -292,8 +292,8 @@ class Engine:
 
     def _drafted(self, counts: Sequence[int]) -> list[list[int]]:
         """What is read ahead of each in a pass of everybody's next token; nothing in any other."""
-        if self._drafts.mode == "off" or set(counts) != {1}:
-            return []
+        if set(counts) != {1}:
+            return [[] for _ in counts]
         pairs = list(zip(self.scheduler.running, self.scheduler.positions, strict=True))
         # who is still within a prompt is not about to draw
         rooms = [one.room_ahead(place) if place + 1 == len(one.tokens) else 0 for one, place in pairs]

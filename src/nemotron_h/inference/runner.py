@@ -15,18 +15,18 @@ def read(
     running: Sequence_[Sequence],
     counts: Sequence_[int],
     parts: Sequence_[range],
-    drafts: Sequence_[Sequence_[int]] = (),
-    multiple: int = 1,
+    drafts: Sequence_[Sequence_[int]],
+    multiple: int,
 ) -> None:
     """Read counts[row] tokens of each row of running, whose state is the same row of calls.state, with pages for them.
 
     parts: rows, neighbours each, that a call takes. Those at a pause, and those that have read all they have, get their
-    logits. drafts: of each row, where any row has one, tokens that are read too, ahead of what is known; their logits
-    go with them. multiple: of the rows of a call with drafts.
+    logits. drafts: of each row, tokens that are read too, ahead of what is known; their logits go with them.
+    multiple: of the rows of a call with drafts.
     """
     for rows in parts:
         part = slice(rows.start, rows.stop)
-        _call(calls, rows, running[part], counts[part], drafts[part] or [()] * len(rows), multiple)
+        _call(calls, rows, running[part], counts[part], drafts[part], multiple)
 
 
 def _call(
@@ -56,17 +56,16 @@ def _call(
     ids = torch.tensor(tokens, device=model.device)
     logits = calls(ids, segments, rows)
     if logits is not None:
-        logits = logits[last]
+        given = iter([logits[row] for row in last])
     else:
         # filled up with copies of a row: the bits of a product need a multiple of rows
         picked = last + [0] * (round_up(max(1, len(last)), model.row_multiple) - len(last))
         part = state.part(rows)
         hidden = model.hidden(ids, segments, part, torch.tensor(picked, device=model.device))
-        logits = model.logits(hidden) if wanted else hidden
+        given = iter(model.logits(hidden) if wanted else ())
         state.follow(part, rows)
     for row, draft in zip(rows, drafts, strict=True):
         state.go_back(row, len(draft))  # until it is known to come
-    given = iter(logits)
     for sequence, draft in wanted:
         sequence.logits = next(given)
         sequence.ahead = [(token, next(given)) for token in draft]

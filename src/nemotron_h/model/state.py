@@ -105,9 +105,7 @@ class Paging:
 class AttentionState:
     """Keys and values of one attention layer, in pages that any sequence's table may point to."""
 
-    keys: (
-        Tensor  # (pages, k, d, BLOCK), model dtype or int8, turned: a query's product with a block reads it row by row
-    )
+    keys: Tensor  # (pages, k, d, BLOCK), model dtype or int8, turned: a query's product reads a block row by row
     values: Tensor  # (pages, k, BLOCK, d), likewise
     scales: Tensor  # (pages, 2, k, BLOCK), float32, of codes in int8; (pages, 0, k, BLOCK) where they are none
 
