@@ -27,18 +27,16 @@ def named(preset: str, rows: Iterable[Row]) -> list[Row]:
     return [replace(own, what=f"{NAMES[preset]}, {own.what}") for own in rows]
 
 
-def prefill(start: START, preset: str, lengths: Sequence[int]) -> list[Row]:
-    """In bfloat16 at each length, in fewer bits at the last."""
+def prefill(start: START, preset: str, length: int, precisions: Sequence[str] = ("bfloat16",)) -> list[Row]:
     race, found = start(preset), []
-    with race.contestants("bfloat16") as some:
-        for length in lengths:
-            found += race.prefill(some, length)
-    share = found[-1].ours / race.prefill_roof("bfloat16", lengths[-1])
-    for precision in ("int8", "int4"):
+    for precision in precisions:
         with race.contestants(precision) as some:
-            found += race.prefill(some, lengths[-1])
-    what = f"bfloat16, prompt of {lengths[-1]:,} tokens, share of the rate of products"
-    return named(preset, [*found, row(what, "of 1", [share], higher=True)])
+            mine = race.prefill(some, length)
+        found += mine
+        if precision == "bfloat16":
+            share = mine[0].ours / race.prefill_roof(precision, length)
+            found.append(row(f"{mine[0].what}, share of the rate of products", "of 1", [share], higher=True))
+    return named(preset, found)
 
 
 def decode(start: START, preset: str, after: int, precisions: Sequence[str] = tuple(TYPES)) -> list[Row]:
@@ -60,12 +58,16 @@ def together(start: START) -> list[Row]:
 
 
 PARTS: dict[str, Callable[[START], list[Row]]] = {
-    "256m-prefill": lambda start: prefill(start, "256m", (512, 8192, 32_768, 2048)),
+    "256m-prefill-512": lambda start: prefill(start, "256m", 512),
+    "256m-prefill-2048": lambda start: prefill(start, "256m", 2048, tuple(TYPES)),
+    "256m-prefill-8192": lambda start: prefill(start, "256m", 8192),
+    "256m-prefill-32768": lambda start: prefill(start, "256m", 32_768),
     "256m-decode": lambda start: decode(start, "256m", 512),
     "256m-long": lambda start: decode(start, "256m", 32_768),
     "256m-together": together,
-    "4b-prefill": lambda start: prefill(start, "4b", (512,)),
+    "4b-prefill": lambda start: prefill(start, "4b", 512, tuple(TYPES)),
     "4b-decode": lambda start: decode(start, "4b", 128),
+    "8b-prefill": lambda start: prefill(start, "8b", 512, ("int8", "int4")),
     "8b-decode": lambda start: decode(start, "8b", 128, ("int8", "int4")),
 }
 

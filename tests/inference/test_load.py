@@ -196,7 +196,12 @@ def test_what_was_loaded_is_packed_frozen_and_saved_as_it_was(
     assert ids == list(plain.tokens([5, 9], max_tokens=5, ignore_end=True))
 
 
-def test_auto_takes_what_the_machine_multiplies_fast(folder: Path, measured: Callable[[float, float], None]) -> None:
+def test_without_kernels_auto_takes_what_the_machine_multiplies_fast(
+    folder: Path, measured: Callable[[float, float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured(2e9, 100e9)
+    assert load(folder).model.compute_dtype == torch.bfloat16  # kernels widen it
+    monkeypatch.setattr(room.scalars, "MISSING", "numba is not installed")
     measured(400e9, 170e9)
     assert load(folder).model.compute_dtype == torch.bfloat16
     measured(2e9, 100e9)

@@ -75,7 +75,7 @@ def weighted(name: str, dtype: torch.dtype) -> Hybrid:
 def as_engines_find_it(model: Hybrid) -> Hybrid:
     """The model with the multiple of rows that keeps their bits on this machine and so many threads."""
     dtypes = model.backbone.embeddings.weight.dtype, model.compute_dtype
-    key = model.config, *dtypes, torch.get_num_threads()
+    key = model.config, *dtypes, model.takes_any_rows, torch.get_num_threads()
     if key not in FOUND:
         model.row_multiple = 4
         FOUND[key] = find(model)

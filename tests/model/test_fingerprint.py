@@ -20,7 +20,7 @@ from nemotron_h.model.fingerprint import WORDS, Versions, arithmetic, multiplier
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.model.init import initialise
 from nemotron_h.model.linear import Linear
-from nemotron_h.ops.linear import FewRows
+from nemotron_h.ops.linear import Blocks, FewRows
 from tests.model.shapes import FAMILY, model, random_tokens
 
 
@@ -189,16 +189,17 @@ def test_the_arithmetic_says_how_each_shape_is_read() -> None:
     plain = net()
     matrices = [module for module in plain.modules() if isinstance(module, Linear)]
     before = arithmetic(plain)["matrices"]
-    assert before == {f"{len(matrix.weight)} x {matrix.weight.shape[1]}": "plain" for matrix in matrices}
+    assert before == {"{} x {}".format(*matrix.shape): "plain" for matrix in matrices}
     plain.pack()
     after = arithmetic(plain)["matrices"]
     assert set(after) == set(before)
     for matrix in matrices:
-        read = after[f"{len(matrix.weight)} x {matrix.weight.shape[1]}"]
+        read = after["{} x {}".format(*matrix.shape)]
         assert read.startswith("packed") == matrix.weight.is_mkldnn
-        assert ("few rows" in read) == (matrix.few_rows is not None)
-    matrices[0].few_rows = FewRows(matrices[0].weight, None, 999)
-    name = f"{len(matrices[0].weight)} x {matrices[0].weight.shape[1]}"
+        assert ("few rows" in read) == isinstance(matrix.kernel, FewRows)
+        assert (read == "in blocks") == isinstance(matrix.kernel, Blocks)
+    matrices[0].kernel = FewRows(matrices[0].weight, None, 999)
+    name = "{} x {}".format(*matrices[0].shape)
     assert first_difference(after, arithmetic(plain)["matrices"]) == (
         name, after[name], "packed, few rows in chains of 999"
     )  # fmt: skip

@@ -85,7 +85,7 @@ def test_a_token_at_a_time_over_chunks_and_blocks(name: str, precision: str, mon
     whole = [model(row[None])[0] for row in tokens]
     for row, start in enumerate(starts):
         assert torch.equal(got[row], whole[row][start : start + 70])
-    recordable = model.quantized or all(one.few_rows is not None for one in model.matrices.values())
+    recordable = model.quantized or all(one.kernel is not None for one in model.matrices.values())
     assert len(runs) == (69 if recordable else 0)
 
 

@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,10 @@ from torch import Tensor
 
 from nemotron_h.errors import ShapeError
 from nemotron_h.ops import linear as room
-from nemotron_h.ops.linear import FewRows, few_rows, linear, packed
+from nemotron_h.ops.jit import floats
+from nemotron_h.ops.jit.blocks import STREAMS
+from nemotron_h.ops.jit.scalars import MISSING
+from nemotron_h.ops.linear import AT_ONCE, Blocks, FewRows, few_rows, in_blocks, linear, packed
 from tests.compare import assert_near, seeded
 
 # shapes whose plain product gives a row other bits at another place, on some number of threads
@@ -139,6 +143,137 @@ def test_what_a_packed_matrix_cannot_take_is_refused() -> None:
         ):
             with pytest.raises(ShapeError, match=said):
                 way(x)
+
+
+needs_kernels = pytest.mark.skipif(bool(MISSING), reason=f"kernels cannot run: {MISSING}")
+# (out, into): odd ones, fewer inputs than parts, whole pieces and a few words more
+BLOCKS = [(64, 64), (100, 77), (200, 8), (130, 1040), (64, 3), (1, 258), (640, 2050)]
+COUNTS = (1, 2, 3, 4, 5, 6, 8, 11, 12, 13, 14, 15, 16, 17, 18, 64)  # rows: each way to go through them
+
+
+def drawn(out: int, into: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of few bits each, so that float32 holds their products."""
+    weight, x = (torch.randn(count, into, generator=seeded(count)).bfloat16() for count in (out, rows))
+    return weight.to(dtype), x.to(dtype)
+
+
+def chain(x: Tensor, weight: Tensor) -> Tensor:
+    """The sum in the order that `jit/floats.py` states; products being exact, each step is rounded once."""
+    inputs = 4 // x.itemsize
+    totals = torch.zeros(len(x), len(weight))
+    for first in range(0, x.shape[1], floats.CHAIN):
+        width = min(floats.CHAIN, x.shape[1] - first)
+        words = -(-width // inputs)
+        part = words // STREAMS
+        order = [stream * part + k for k in range(part) for stream in range(STREAMS)] + [*range(part * STREAMS, words)]
+        sums = torch.zeros_like(totals)
+        for i in (word * inputs + k for word in order for k in range(inputs)):
+            if i < width:
+                sums += x[:, first + i, None].float() * weight[:, first + i].float()
+        totals += sums
+    return totals.to(x.dtype)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("out", "into"), BLOCKS)
+def test_a_matrix_in_blocks_sums_in_one_order_for_any_rows(out: int, into: int, dtype: torch.dtype) -> None:
+    weight, x = drawn(out, into, 90, dtype)
+    blocks = Blocks.of(weight)
+    assert torch.equal(blocks.plain(), weight)
+    whole = blocks(x)
+    assert torch.equal(whole, chain(x, weight))
+    for rows in COUNTS:
+        assert torch.equal(blocks(x[7 : 7 + rows].clone()), whole[7 : 7 + rows]), rows
+    turned = x.T.contiguous().T  # its rows lie apart
+    assert torch.equal(blocks(turned), whole)
+
+
+@needs_kernels
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_rows_of_a_matrix_in_blocks_are_cut_and_shared_without_a_trace(
+    count: int, threads: Callable[[int], None]
+) -> None:
+    weight, x = drawn(300, 130, AT_ONCE + 70, torch.bfloat16)
+    blocks = Blocks.of(weight)
+    want = chain(x, weight)
+    threads(count)
+    assert torch.equal(blocks(x), want)
+    assert torch.equal(blocks(x[:1]), want[:1])
+
+
+@needs_kernels
+def test_what_is_no_number_stays_in_its_row() -> None:
+    weight, x = drawn(70, 130, 20, torch.bfloat16)
+    want = Blocks.of(weight)(x)
+    x[3, 5], x[4, 100] = torch.inf, torch.nan
+    for rows in (5, 20):
+        got = Blocks.of(weight)(x[:rows])
+        assert torch.equal(got[:3], want[:3])
+        assert torch.equal(got[5:], want[5:rows])
+        assert not got[3:5].isfinite().any()
+    assert Blocks.of(weight)(x[:0]).shape == (0, 70)
+
+
+@needs_kernels
+def test_a_matrix_is_in_blocks_where_that_is_the_way_to_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide, narrow = torch.randn(64, 64), torch.randn(64, 64).bfloat16()
+    monkeypatch.setattr(room.jit, "PRODUCTS", True)
+    assert in_blocks(wide) is not None
+    assert in_blocks(narrow) is None
+    monkeypatch.setattr(room.jit, "PRODUCTS", False)
+    assert in_blocks(narrow) is not None
+    assert in_blocks(torch.empty(64, 64, device="meta")) is None
+    blocks = Blocks.of(narrow)
+    for x, said in (
+        (torch.zeros(4, 64), r"^x: must be torch.bfloat16; got torch.float32"),
+        (torch.zeros(4, 32).bfloat16(), r"^x: must have shape \(4, 64\); got \(4, 32\)"),
+        (torch.zeros(4, 64).bfloat16().requires_grad_(), r"^x: must not want a gradient"),
+    ):
+        with pytest.raises(ShapeError, match=said):
+            blocks(x)
+    monkeypatch.setattr(room, "runs", lambda *tensors: False)
+    assert in_blocks(wide) is None
+
+
+@needs_kernels
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("told", "lanes"),
+    [({"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+fma,+avx2"}, 8), ({"NUMBA_CPU_NAME": "generic"}, 8)],
+)
+def test_a_matrix_in_blocks_has_the_same_bits_with_other_instructions(
+    told: dict[str, str], lanes: int, tmp_path: Path
+) -> None:
+    program = """
+import sys, torch
+from tests.ops.test_linear import BLOCKS, COUNTS, drawn
+from nemotron_h.ops.jit import floats
+from nemotron_h.ops.linear import Blocks
+out = [floats.VECTOR]
+for dtype in (torch.float32, torch.bfloat16):
+    for outs, into in BLOCKS:
+        for rows in COUNTS:
+            weight, x = drawn(outs, into, rows, dtype)
+            out.append(Blocks.of(weight)(x))
+torch.save(out, sys.argv[1])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "there")],
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
+        env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache")} | told,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    there = torch.load(tmp_path / "there")
+    assert there[0] == lanes
+    assert floats.VECTOR in (8, 16)
+    here = (
+        Blocks.of(weight)(x)
+        for dtype in (torch.float32, torch.bfloat16)
+        for out, into in BLOCKS
+        for weight, x in (drawn(out, into, rows, dtype) for rows in COUNTS)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(here, there[1:], strict=True))
 
 
 @pytest.mark.parametrize(

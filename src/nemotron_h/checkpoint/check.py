@@ -18,6 +18,7 @@ from nemotron_h.config.published import MODEL_TYPE, Dialect, from_published, rea
 from nemotron_h.config.quantization import read_quantization
 from nemotron_h.model.check import Finding
 from nemotron_h.model.hybrid import Hybrid
+from nemotron_h.model.linear import plainly
 
 
 def check_folder(folder: Path, model: Hybrid) -> Iterator[Finding]:
@@ -42,15 +43,16 @@ def weights_again(folder: Path, model: Hybrid) -> Finding:
     stored, quantised = Weights(folder), read_quantization(folder)
     parameters = {name: p for name, p in published_parameters(model).items() if name in stored}
     dtype = model.backbone.embeddings.weight.dtype
+    plain = plainly(model)
     differ = []
     for shard in shards(parameters, dtype, SHARD_BYTES):
         with TemporaryDirectory() as scratch:
             path = Path(scratch) / "shard.safetensors"
             with writing(path):
-                write_shard(shard, path, dtype)
+                write_shard(shard, plain, path, dtype)
             again = opened(path)
             for name, parameter in shard.items():
-                want = read(stored, name, parameter, stored_dtype(name, dtype), quantised)
+                want = read(stored, name, plain(parameter), stored_dtype(name, dtype), quantised)
                 if not torch.equal(again.get_tensor(name), want):
                     differ.append(name)
     number = f"{len(parameters):,} tensors, the same bits" if not differ else f"{len(differ):,} differ: {differ[0]}"

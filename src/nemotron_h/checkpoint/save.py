@@ -4,7 +4,7 @@ Whole or not at all; what other programs read of it is in `published.py` and `co
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from nemotron_h.config.published import Dialect, write_config
 from nemotron_h.config.quantization import own_quantization
 from nemotron_h.errors import CheckpointError
 from nemotron_h.model.hybrid import Hybrid
+from nemotron_h.model.linear import plainly
 from nemotron_h.text.tokenizer import Tokenizer, check_fits
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -89,15 +90,17 @@ def write_model(
         check_fits(tokenizer, model.config.vocab_size)
         tokenizer.save(folder)
     write_companions(companions, folder, config=model.config, tokenizer=tokenizer, made_by=made_by, integers=integers)
+    plain = plainly(model)
     if len(files) == 1:
-        write_shard(files[0], folder / WEIGHTS_FILE, dtype)
+        write_shard(files[0], plain, folder / WEIGHTS_FILE, dtype)
         return
     index: dict[str, str] = {}
+    size = 0
     for number, shard in enumerate(files, 1):
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        write_shard(shard, folder / name, dtype)
+        size += write_shard(shard, plain, folder / name, dtype)
         index |= dict.fromkeys(shard, name)
-    content = {"metadata": {"total_size": size_bytes(model, dtype)}, "weight_map": index}
+    content = {"metadata": {"total_size": size}, "weight_map": index}
     (folder / INDEX_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -136,8 +139,8 @@ def shards(parameters: Mapping[str, Tensor], dtype: torch.dtype, limit: int) -> 
     return shards
 
 
-def write_shard(shard: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
-    """One file. A packed matrix is written as the plain one it is."""
-    plain = {name: p.detach().to_dense() if p.is_mkldnn else p.detach() for name, p in shard.items()}
-    tensors = {name: p.to("cpu", stored_dtype(name, dtype)).contiguous() for name, p in plain.items()}
+def write_shard(shard: Mapping[str, Tensor], plain: Callable[[Tensor], Tensor], path: Path, dtype: torch.dtype) -> int:
+    """One file; its tensors' bytes. plain: of a matrix that is laid out for reading, as it is written."""
+    tensors = {name: plain(p).to("cpu", stored_dtype(name, dtype)).contiguous() for name, p in shard.items()}
     save_file(tensors, path, metadata={"format": "pt"})
+    return sum(tensor.nbytes for tensor in tensors.values())

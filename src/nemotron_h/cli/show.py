@@ -79,6 +79,7 @@ def machine_facts() -> dict[str, Any]:
 
     from nemotron_h import machine
     from nemotron_h.cli.process import settle
+    from nemotron_h.inference.load import AUTO, chosen_precision
     from nemotron_h.ops.jit import linear, quads, scalars
 
     settle()  # as the verbs that compute do
@@ -93,13 +94,20 @@ def machine_facts() -> dict[str, Any]:
         "available_bytes": memory.available_bytes,
         "bandwidth": machine.bandwidth(),
         "matmul": rates,
-        "precision": machine.best_precision(rates),
+        "precision": chosen_precision(AUTO, torch.device("cpu")),
         "kernels": scalars.MISSING or "compiled by numba",
-        "few_rows": "our kernel" if linear.RUNS else "oneDNN",
+        "bfloat16": bfloat16(linear, kernels=not scalars.MISSING),
         "integers": integers(quads, scalars.FEATURES),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "torch": torch.__version__,
     }
+
+
+def bfloat16(linear: Any, *, kernels: bool) -> str:
+    """Who multiplies by a matrix in it that is laid out for reading (`ops/linear.py`)."""
+    if linear.PRODUCTS or not kernels:
+        return "oneDNN, few rows a kernel of ours" if linear.RUNS else "oneDNN"
+    return "a kernel of ours, widened to float32"
 
 
 def integers(quads: Any, features: Mapping[str, bool]) -> str:
@@ -128,7 +136,7 @@ def drawn_machine(facts: dict[str, Any]) -> list["RenderableType"]:
         *((f"multiplies {name} at", f"{rate / 1e9:,.0f} GFLOP/s") for name, rate in facts["matmul"].items()),
         ("precision=auto takes", facts["precision"]),
         ("CPU kernels", facts["kernels"]),
-        ("few rows in bfloat16", facts["few_rows"]),
+        ("products in bfloat16", facts["bfloat16"]),
         ("products in int8 and int4", facts["integers"]),
         ("GPUs that torch sees", ", ".join(facts["gpus"]) or "none"),
         ("torch", facts["torch"]),

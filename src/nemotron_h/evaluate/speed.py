@@ -33,6 +33,7 @@ from nemotron_h.evaluate.contestants.contest import Contestant, Failed, turns
 from nemotron_h.evaluate.rows import Row, row
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.model.init import initialise
+from nemotron_h.ops.jit.linear import PRODUCTS
 from nemotron_h.precision.weights import BITS
 
 LOG = logging.getLogger(__name__)
@@ -98,7 +99,8 @@ class Race:
 
     @contextmanager
     def contestants(self, precision: str, peers: Sequence[str] = tuple(MODULES)) -> Iterator[dict[str, Contestant]]:
-        """By name: ours in a precision, and the peers that have the like: of llama.cpp the type of as many bits."""
+        """By name: ours in a precision, and the peers that have the like: of llama.cpp the type of as many bits. On a
+        CPU without products of bfloat16 the others take part in float32 too, which is faster there."""
         with ExitStack() as stack:
             try:
                 ours = Contestant(SCRIPTS / "run_ours.py", [str(self.folder), precision, self.threads])
@@ -109,12 +111,14 @@ class Race:
             for peer in peers:
                 if peer not in self.peers or (precision not in TYPES if peer == "llama" else precision in BITS):
                     continue
-                try:
-                    found[peer] = self._started(peer, precision)
-                except (Failed, OSError, NemotronError) as error:
-                    self._leave_out(peer, precision, error)
-                else:
-                    stack.callback(found[peer].close)
+                widened = precision == "bfloat16" and peer != "llama" and not PRODUCTS
+                for name, own in ((peer, precision), *([(f"{peer} float32", "float32")] if widened else [])):
+                    try:
+                        found[name] = self._started(peer, own)
+                    except (Failed, OSError, NemotronError) as error:
+                        self._leave_out(name, precision, error)
+                    else:
+                        stack.callback(found[name].close)
             yield found
 
     def _leave_out(self, peer: str, precision: str, error: Exception) -> None:
@@ -147,6 +151,7 @@ class Race:
         found = []
         for name, own in zip(names, runs[1:], strict=True):
             version = contestants[name].about["version"] + (f" {TYPES[precision]}" if name == "llama" else "")
+            version += " float32" if name.endswith("float32") else ""
             found.append(row(what, "tokens/s", runs[0], own, version, higher=True))
         return found or [row(what, "tokens/s", runs[0], higher=True)]
 
@@ -166,9 +171,11 @@ class Race:
         return self.rows(what, contestants, "serving", count=count, length=length, new=new)
 
     def prefill_roof(self, precision: str, length: int) -> float:
-        """Tokens per second at the rate of products of bfloat16 or float32."""
+        """Tokens per second at the rate of products of bfloat16 or float32. The former may be widened to the latter,
+        which is faster where the machine has no products of it."""
+        rates = machine.matmul_rates(size=1024, rows=512)
         flops = sum(cost.prefill_flops(self.config, length).values())
-        return machine.matmul_rates(size=1024, rows=512)[precision] / flops
+        return max(rates[precision], rates["float32"]) / flops
 
     def decode_roof(self, precision: str, after: int) -> float:
         """Tokens per second at the rate of memory: each reads the weights, the state, and the keys and values."""

@@ -71,7 +71,7 @@ def quantize(
     text, held_out: (windows, length) int64. feedback: round with error feedback on text, which takes minutes.
     Raises: RequestError where the model is not plain.
     """
-    if any(not isinstance(one, Linear) or one.weight.is_mkldnn for one in model.matrices.values()):
+    if any(not isinstance(one, Linear) or one.packed for one in model.matrices.values()):
         raise RequestError("model: must be plain, to be quantised; it is packed or quantised already; load it anew")
     tell = progress or (lambda done, what: None)
     sizes = {name: math.prod(one.shape) for name, one in model.matrices.items()} | {

@@ -44,7 +44,7 @@ BATCH = ((CHUNK, CHUNK - 3, 1), (1, 1, 1), (2, 9, 3), (1, 1, 1))
 FARTHEST = {MlpConfig: MOST_ROWS + 1, MambaConfig: CHUNK + ROWS + 1, AttentionConfig: LENGTH}
 SCAN_LIMIT = 1e-4  # of the largest output: float32 sums over a chunk, and decays whose exponents are rounded
 
-MULTIPLES = (1, ROWS, 2 * ROWS, 4 * ROWS)  # of rows, the cheapest first; 1 with all matrices in integers
+MULTIPLES = (1, ROWS, 2 * ROWS, 4 * ROWS)  # of rows, the cheapest first; 1 where kernels take any rows
 FEW = (1, 12, 20, 36)  # rows that are tried, rounded up: our kernel's ways to multiply a few, and the library's own
 MANY_ROWS = 512  # of the product that others are compared with
 START_UP_WORK = 2**32  # multiplications of that product when a model starts: large matrices meet fewer rows
@@ -139,7 +139,7 @@ def find(model: Hybrid, seed: int = 0) -> Arithmetic:
     bits. The work is bounded by what is compared, not by a clock: a busy machine gives the same answer."""
     began = perf_counter()
     failures: list[str] = []
-    for multiple in MULTIPLES if model.quantized else MULTIPLES[1:]:
+    for multiple in MULTIPLES if model.takes_any_rows else MULTIPLES[1:]:
         found = [products(model, multiple, START_UP_WORK)]
         if found[0].holds:
             found += layers(model, multiple, seed)

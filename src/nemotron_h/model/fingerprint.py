@@ -26,9 +26,10 @@ from nemotron_h.config.model import ModelConfig
 from nemotron_h.config.settings import to_mapping
 from nemotron_h.grid import BLOCK, CHUNK, DEPTH
 from nemotron_h.model.hybrid import Hybrid
-from nemotron_h.model.linear import Linear, QuantizedLinear
+from nemotron_h.model.linear import Linear, QuantizedLinear, plainly
 from nemotron_h.ops.jit import linear as few_rows
 from nemotron_h.ops.jit import pairs, quads, scalars
+from nemotron_h.ops.linear import Blocks, FewRows
 
 WORDS = 2**15  # of 32 bits, in one sum
 SUMS = 16  # at a time: their products, 4 MiB, stay in cache
@@ -45,9 +46,10 @@ def weights(model: Hybrid) -> str:
     weights apart, it does not tell whom they are from.
     """
     digest = hashlib.sha256()
+    plainly_of = plainly(model)
     for name, parameter in model.named_parameters():
-        digest.update(json.dumps([name, list(parameter.shape), str(parameter.dtype)]).encode())
-        plain = parameter.detach().to_dense() if parameter.is_mkldnn else parameter.detach()
+        plain = plainly_of(parameter)
+        digest.update(json.dumps([name, list(plain.shape), str(plain.dtype)]).encode())
         digest.update(run_sums(plain).cpu().numpy().tobytes())
     return digest.hexdigest()
 
@@ -187,8 +189,13 @@ def matrices(model: Hybrid) -> dict[str, str]:
 def how(module: Linear | QuantizedLinear) -> str:
     if isinstance(module, QuantizedLinear):
         return f"{module.bits} bits, rows in {module.rounded_to}"
-    kernel = f", few rows in chains of {module.few_rows.depth}" if module.few_rows is not None else ""
-    return f"packed{kernel}" if module.weight.is_mkldnn else "plain"
+    match module.kernel:
+        case Blocks():
+            return "in blocks"
+        case FewRows(depth=depth):
+            return f"packed, few rows in chains of {depth}"
+        case _:
+            return "packed" if module.weight.is_mkldnn else "plain"
 
 
 def products(device: torch.device) -> str:

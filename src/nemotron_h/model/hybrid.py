@@ -18,7 +18,7 @@ from nemotron_h.model.linear import Linear, QuantizedLinear
 from nemotron_h.model.mamba import Gain, Mamba, Taps
 from nemotron_h.model.mlp import Mlp
 from nemotron_h.model.state import AttentionState, MambaState, Paging, State
-from nemotron_h.ops.linear import linear
+from nemotron_h.ops.linear import Blocks, linear
 from nemotron_h.ops.norm import rms_norm
 from nemotron_h.ops.rows import add, pick
 from nemotron_h.ops.segments import Segments
@@ -190,6 +190,14 @@ class Hybrid(nn.Module):
         """Are all matrices in integers, the head too?"""
         return all(isinstance(one, QuantizedLinear) for one in (*self.matrices.values(), self.lm_head))
 
+    @property
+    def takes_any_rows(self) -> bool:
+        """Do kernels of ours multiply any number of rows by each matrix, the head too? They cannot tell how many."""
+        return all(
+            isinstance(one, QuantizedLinear) or (isinstance(one, Linear) and isinstance(one.kernel, Blocks))
+            for one in (*self.matrices.values(), self.lm_head)
+        )
+
     def put(self, name: str, matrix: QuantizedLinear) -> None:
         """Put a matrix in integers in the place of the one of that name in `matrices`, or of the head, lm_head."""
         owner, _, leaf = name.rpartition(".")
@@ -197,11 +205,11 @@ class Hybrid(nn.Module):
 
     def pack(self) -> None:
         """Lay every matrix, and every conv's taps, out for reading, in place; it is then not trained any more."""
-        done: dict[torch.Size, Linear] = {}
+        done: dict[tuple[int, int], Linear] = {}
         for module in self.modules():
             if isinstance(module, Linear):
-                module.pack(done.get(module.weight.shape))
-                done.setdefault(module.weight.shape, module)
+                module.pack(done.get(module.shape))
+                done.setdefault(module.shape, module)
             elif isinstance(module, Taps):
                 module.pack()
 

@@ -1,14 +1,14 @@
 """A matrix without bias: plain, cast to the dtype of what it multiplies (float32 master weights train a bfloat16
 product); laid out for reading; or in integers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from nemotron_h.ops.linear import MOST_ROWS, FewRows, few_rows, linear, packed
+from nemotron_h.ops.linear import Blocks, FewRows, few_rows, in_blocks, linear, packed
 from nemotron_h.ops.quantized import Matrix, quantized_linear
 
 ROW_BITS = "row_bits"  # int32, stored beside a matrix in integers
@@ -17,28 +17,46 @@ ROW_BITS = "row_bits"  # int32, stored beside a matrix in integers
 class Linear(nn.Module):
     """x (rows, in) -> (rows, out), in x's dtype."""
 
-    few_rows: FewRows | None = None  # how a packed matrix is read by few rows
+    kernel: Blocks | FewRows | None = None  # what reads a matrix that is laid out, as many rows as it takes
 
     def __init__(self, in_features: int, out_features: int, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype, device=device))
+        self.shape = out_features, in_features
+        self.weight = nn.Parameter(torch.empty(self.shape, dtype=dtype, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.few_rows(x) if self.few_rows is not None and len(x) <= MOST_ROWS else linear(x, self.weight)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(outs, ins)"""
-        outs, ins = self.weight.shape
-        return outs, ins
+        return self.kernel(x) if self.kernel is not None and len(x) <= self.kernel.most_rows else linear(x, self.weight)
 
     def pack(self, like: "Linear | None" = None) -> None:
         """Lay the matrix out for reading; it is then not trained any more. like: another of that shape, packed."""
-        self.weight = nn.Parameter(packed(self.weight.detach()), requires_grad=False)
-        if like is None:
-            self.few_rows = few_rows(self.weight)
-        elif like.few_rows is not None:
-            self.few_rows = few_rows(self.weight, like.few_rows.depth)
+        if isinstance(self.kernel, Blocks):
+            return
+        weight = self.weight.detach()
+        blocks = in_blocks(weight)
+        self.weight = nn.Parameter(packed(weight) if blocks is None else blocks.values, requires_grad=False)
+        if blocks is not None:
+            self.kernel = blocks
+        elif like is None:
+            self.kernel = few_rows(self.weight)
+        elif isinstance(like.kernel, FewRows):
+            self.kernel = few_rows(self.weight, like.kernel.depth)
+
+    @property
+    def packed(self) -> bool:
+        return self.weight.is_mkldnn or self.kernel is not None
+
+    def plain(self) -> Tensor:
+        """The matrix (out, in), however it is laid out."""
+        if isinstance(self.kernel, Blocks):
+            return self.kernel.plain()
+        weight = self.weight.detach()
+        return weight.to_dense() if weight.is_mkldnn else weight
+
+
+def plainly(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Of a parameter of that model: itself, but of a matrix that is laid out for reading the plain one."""
+    matrices: dict[Tensor, Linear] = {module.weight: module for module in model.modules() if isinstance(module, Linear)}
+    return lambda parameter: matrices[parameter].plain() if parameter in matrices else parameter.detach()
 
 
 class QuantizedLinear(nn.Module):

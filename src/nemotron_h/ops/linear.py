@@ -1,19 +1,22 @@
-"""Rows times a matrix (out, in): plain, packed for reading, and a few rows of a packed one.
+"""Rows times a matrix (out, in): plain, or laid out for reading.
 
     y = x W^T, a row's bits depending on that row alone
 
-A matrix that is only read can be packed: laid out once as oneDNN streams it, in place of the plain rows. Decoding reads
-every matrix for each token, so it runs at the rate of memory. bfloat16 keeps its bits; a float32 product is summed in
-another order than the plain one's, the same one for any number of rows.
+A matrix that is only read is laid out once, in place of the plain rows. Decoding reads every matrix for each token, so
+it runs at the rate of memory.
 
-Few rows are read by a kernel of ours, which keeps memory busier than oneDNN's own does. It must have oneDNN's bits,
-since other calls go that way: how oneDNN cuts its sums is tried out on the matrix itself, and where nothing fits to the
-bit, oneDNN does it all.
+    in blocks   float32, and bfloat16 on a CPU without products of it: a kernel of ours multiplies any number of rows
+    packed      bfloat16 on a CPU with them, as oneDNN streams it; few rows by a kernel of ours, which is faster
+
+That second kernel must have oneDNN's bits, since other calls go that way: how oneDNN cuts its sums is tried out on the
+matrix itself, and where nothing fits to the bit, oneDNN does it all.
 """
 
 import ctypes
+import math
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,12 +25,14 @@ from torch import Tensor
 
 from nemotron_h.errors import ShapeError
 from nemotron_h.grid import DEPTH, ROWS, round_up
+from nemotron_h.ops.jit import floats
 from nemotron_h.ops.jit import linear as jit
 from nemotron_h.ops.jit.blocks import OUTS
-from nemotron_h.ops.jit.scalars import array, said_once
+from nemotron_h.ops.jit.scalars import array, runs, said_once
 from nemotron_h.ops.shapes import expect, wants_gradient
 
-MOST_ROWS = 32  # of a call that the kernel takes
+AT_ONCE = 512  # rows that a matrix in blocks is multiplied by: their sums and a piece of them stay in a core's cache
+MOST_ROWS = 32  # of a call that the kernel for packed matrices takes
 DEPTHS = (1024, 512)  # inputs of one chain of sums, where there are more of them than that; else one chain of all
 TRIED_OUTPUTS = 2**18  # another depth changes about one output in 5,000
 
@@ -40,7 +45,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     Raises: ShapeError for an x that a packed matrix does not take.
     """
     if weight.is_mkldnn:
-        check_packed(x, weight)
+        check_reading(x, tuple(weight.shape), weight.dtype)
         return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")  # type: ignore[no-any-return]
     weight, spare = weight.to(x.dtype), -x.shape[-1] % DEPTH
     if spare:
@@ -48,9 +53,10 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-def check_packed(x: Tensor, weight: Tensor) -> None:
-    """Refuse what a packed matrix cannot read, and a gradient, which would end here in silence."""
-    expect(x, "x", (len(x), weight.shape[1]), weight.dtype)
+def check_reading(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Refuse what a matrix (out, in) that is laid out for reading cannot take, and a gradient, which would end here in
+    silence."""
+    expect(x, "x", (len(x), shape[1]), dtype)
     if wants_gradient(x):
         raise ShapeError("x: must not want a gradient, which a packed matrix does not give; multiply by a plain one")
 
@@ -68,17 +74,72 @@ def packed(weight: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """A matrix (outs, ins) in blocks of OUTS outputs, filled up with zeros, as our kernel reads it.
+
+    values: float32 (blocks, ins, OUTS), or bfloat16 (blocks, ceil(ins / 2), OUTS, 2).
+    """
+
+    shape: tuple[int, int]
+    values: Tensor
+    most_rows: ClassVar[float] = math.inf
+
+    @staticmethod
+    def of(weight: Tensor) -> "Blocks":
+        """weight: float32 or bfloat16."""
+        outs, ins = weight.shape
+        inputs = 2 if weight.dtype == torch.bfloat16 else 1  # of a word
+        filled = F.pad(weight, (0, -ins % inputs, 0, -outs % OUTS))
+        blocks = filled.view(-1, OUTS, filled.shape[1] // inputs, inputs).transpose(1, 2)
+        return Blocks((outs, ins), (blocks if inputs == 2 else blocks.squeeze(-1)).contiguous())
+
+    def plain(self) -> Tensor:
+        """The matrix that `of` was given."""
+        outs, ins = self.shape
+        return self.values.transpose(1, 2).flatten(0, 1).flatten(1)[:outs, :ins].contiguous()
+
+    @cached_property
+    def words(self) -> Any:
+        return self.values.view(-1).view(torch.uint32).numpy()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (rows, ins) in the matrix's dtype -> (rows, outs), for any number of rows."""
+        check_reading(x, self.shape, self.values.dtype)
+        rows, (outs, ins), (blocks, words) = len(x), self.shape, self.values.shape[:2]
+        x, out = x.contiguous(), torch.empty(rows, outs, dtype=x.dtype)
+        inputs = 4 // x.itemsize  # of a word
+        if rows <= floats.FEW and ins == words * inputs:
+            times = floats.few_floats_times if inputs == 1 else floats.few_pairs_times
+            times(blocks, x.view(torch.uint32).numpy(), self.words, array(out))
+            return out
+        for some, of_some in zip(x.split(AT_ONCE), out.split(AT_ONCE), strict=True):
+            shape = -(-words * inputs // floats.NEAR), len(some), floats.NEAR
+            ordered = torch.empty(shape, dtype=torch.uint32).numpy()
+            floats.in_order(len(some), array(some), inputs, words, ordered)
+            floats.many_times(blocks, ordered, inputs, words, self.words, array(of_some))
+        return out
+
+
+def in_blocks(weight: Tensor) -> Blocks | None:
+    """The matrix as our kernel reads it, where that is the way to read it here."""
+    if weight.is_mkldnn or not runs(weight) or (weight.dtype == torch.bfloat16 and jit.PRODUCTS):
+        return None
+    return Blocks.of(weight)
+
+
+@dataclass(frozen=True)
 class FewRows:
     """A packed matrix as our kernel reads it: its memory, which is the tensor's own."""
 
     weight: Tensor
     words: Any  # all of the memory, a pair of weights a word
     depth: int  # inputs of a chain
+    most_rows: ClassVar[float] = MOST_ROWS
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (rows, in) bfloat16 -> (rows, out), for any number of rows."""
-        check_packed(x, self.weight)
         outs, into = self.weight.shape
+        check_reading(x, (outs, into), self.weight.dtype)
         out = torch.empty(len(x), outs, dtype=torch.bfloat16)
         pairs = array(x.contiguous()).view(np.uint32).reshape(-1)
         blocks = -(-outs // OUTS)

@@ -24,8 +24,9 @@ HEIGHT = 4  # rows whose sums stay in registers together
 NEAR = 64  # pairs of a block that all rows are multiplied by before the next ones
 PAIRS_PADDED = 16  # a block's pairs are filled up to a multiple
 
-# can this CPU do it? where there are tile registers oneDNN uses them for many rows, in another order
-RUNS = ADDS_PAIRS and not FEATURES.get("amx-bf16", False)
+TILES = FEATURES.get("amx-bf16", False)
+PRODUCTS = ADDS_PAIRS or TILES  # has this CPU products of bfloat16?
+RUNS = ADDS_PAIRS and not TILES  # can it do this? with tile registers oneDNN sums many rows in another order
 if numba is not None:
     from llvmlite import ir
 

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from nemotron_h.ops.jit import quads
-from nemotron_h.ops.jit.blocks import LINE, OUTS
+from nemotron_h.ops.jit.blocks import OUTS
 from nemotron_h.ops.jit.scalars import FEATURES, numba
 
 GROUP = 16  # inputs of an output that share a scale
 DEEP = GROUP // 8  # words of a group, two quads each
+STREAMS = 4  # groups, a part of the inputs apart, that are multiplied side by side (`blocks.py`)
 SCALES = (4, 5, 6, 7, 8, 10, 12, 14, -4, -5, -6, -7, -8, -10, -12, -14)  # by their four bits
-AHEAD = 8  # groups on, what memory is asked for while one is multiplied
 
 if numba is not None:
     from llvmlite import ir
@@ -101,42 +101,49 @@ if numba is not None:
 
         return types.void(words, at, scales, group, tile, to), generate
 
-    def group_sums(rows: int) -> Any:
-        """For numba: sums[row : row + rows, :OUTS] += x[:, from quad on] times a group; eights (rows, groups) int32: -8
-        times the sum of a row's codes in a group."""
+    def group_sums(rows: int, streams: int) -> Any:
+        """For numba: sums[row : row + rows, :OUTS] += x times so many groups of a block, each `apart` groups after
+        the one before.
+
+        The first is the block's own number `own`, and number `group` of all. x: quads, `step` from row to row; eights
+        (rows, groups) int32: -8 times the sum of a row's codes in a group.
+        """
 
         @intrinsic  # type: ignore[untyped-decorator]
-        def go_on(typing, x, step, quad, eights, place, words, at, scales, group, sums, row):  # type: ignore[no-untyped-def]
+        def go_on(typing, x, step, eights, words, scales, own, group, apart, sums, row):  # type: ignore[no-untyped-def]
             def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
                 address = in_arrays(context, builder, signature, args)
-                _, step, quad, _, place, _, at, _, group, _, row = args
-                start, pairs = address(5, at), address(7, group, PLACE(0))
+                _, step, _, _, _, own, group, apart, _, row = args
                 lines = [builder.add(row, PLACE(r)) for r in range(rows)]
-                starts = [address(0, builder.add(builder.mul(step, line), quad)) for line in lines]
-                begins = [builder.load(address(3, line, place)) for line in lines]
+                places = []
+                for stream in range(streams):
+                    mine, of_all = (builder.add(g, builder.mul(apart, PLACE(stream))) for g in (own, group))
+                    quad = builder.mul(mine, PLACE(2 * DEEP))
+                    starts = [address(0, builder.add(builder.mul(step, line), quad)) for line in lines]
+                    begins = [builder.load(address(2, line, mine)) for line in lines]
+                    words = address(3, builder.mul(of_all, PLACE(DEEP * OUTS)))
+                    places.append((words, address(4, of_all, PLACE(0)), starts, begins))
                 nothing, same = ir.Constant(WORDS, ir.Undefined), ir.Constant(WORDS, None)
 
                 def spread(number):  # type: ignore[no-untyped-def]
                     return builder.shuffle_vector(builder.insert_element(nothing, number, NUMBER(0)), nothing, same)
 
-                asking = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, NUMBER, NUMBER, NUMBER])
-                ask = cgutils.get_or_insert_function(builder.module, asking, "llvm.prefetch.p0i8")
-                for line in range(0, DEEP * OUTS, LINE):
-                    there = builder.gep(start, [PLACE(AHEAD * DEEP * OUTS + line)])
-                    builder.call(ask, [builder.bitcast(there, cgutils.voidptr_t), NUMBER(0), NUMBER(2), NUMBER(1)])
                 for column in range(0, OUTS, LANES):
-                    parts = [spread(begin) for begin in begins]
-                    for of_group, codes in codes_at(builder, start, column):
-                        for r, begin in enumerate(starts):
-                            value = spread(builder.load(builder.gep(begin, [PLACE(of_group)])))
-                            parts[r] = quads.add_quads(builder, parts[r], value, codes)
-                    scale = scales_at(builder, pairs, column)
-                    for line, part in zip(lines, parts, strict=True):
-                        where = builder.bitcast(address(9, line, PLACE(column)), WORDS.as_pointer())
-                        total = builder.add(load(builder, where, WORDS), builder.mul(part, scale))
+                    wheres = [builder.bitcast(address(8, r, PLACE(column)), WORDS.as_pointer()) for r in lines]
+                    totals = [load(builder, where, WORDS) for where in wheres]
+                    for start, pairs, starts, begins in places:
+                        parts = [spread(begin) for begin in begins]
+                        for of_group, codes in codes_at(builder, start, column):
+                            for r, begin in enumerate(starts):
+                                value = spread(builder.load(builder.gep(begin, [PLACE(of_group)])))
+                                parts[r] = quads.add_quads(builder, parts[r], value, codes)
+                        scale = scales_at(builder, pairs, column)
+                        times = [builder.mul(part, scale) for part in parts]
+                        totals = [builder.add(total, product) for total, product in zip(totals, times, strict=True)]
+                    for where, total in zip(wheres, totals, strict=True):
                         builder.store(total, where).align = 4
                 return context.get_dummy_value()
 
-            return types.void(x, step, quad, eights, place, words, at, scales, group, sums, row), generate
+            return types.void(x, step, eights, words, scales, own, group, apart, sums, row), generate
 
         return go_on

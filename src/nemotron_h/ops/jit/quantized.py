@@ -1,9 +1,9 @@
 """Rows in 8-bit integers times a matrix in 8- or 4-bit ones, and the rounding of rows. Definition: `ops/quantized.py`.
 
-All rows are multiplied by a piece of a block that stays in the nearest cache, and meanwhile memory is asked for the
-next piece: few rows take as long as the matrix needs to arrive, many run at the rate of the instruction (`quads.py`).
-Sums of integers are exact, so one loop serves any number of rows with the same bits. Few rows multiply the codes of a
-4-bit matrix as they are; for more, a piece of it is expanded in cache, once for all of them.
+Many rows are multiplied by a piece of a block that stays in the nearest cache, at the rate of the instruction
+(`quads.py`), and meanwhile memory is asked for the next piece. Few take as long as the matrix needs to arrive, and read
+a block at several places at once. Sums of integers are exact, so all ways have the same bits. Few rows multiply the
+codes of a 4-bit matrix as they are; for more, a piece of it is expanded in cache, once for all of them.
 """
 
 from typing import Any
@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 
 from nemotron_h.ops.jit import quads
-from nemotron_h.ops.jit.blocks import LINE, OUTS
+from nemotron_h.ops.jit.blocks import LINE, OUTS, STREAMS
 from nemotron_h.ops.jit.kernels import kernel
 from nemotron_h.ops.jit.nibbles import DEEP, GROUP
+from nemotron_h.ops.jit.nibbles import STREAMS as GROUPS
 from nemotron_h.ops.jit.scalars import compile_once, f, numba, piece, read, u, write
 
 LEAST = f(2.0**-100)  # a row whose largest number is under this is nothing
 NEAR = 64  # words of a block that all rows are multiplied by before the next ones
-FEW = 12  # rows that wait for memory whatever is done: they ask for what the next block reads
+FEW = 12  # rows that wait for memory
 SMALL = 4  # rows that multiply the codes of a 4-bit matrix
 HEIGHT = 6  # rows whose sums stay in registers together
 WIDTH = 4 * quads.LANES if quads.WIDE else 2 * quads.LANES  # outputs of them, as far as there are registers
@@ -30,7 +31,10 @@ if numba is not None:
 
     one = block_sums(1, OUTS, quads.SUMS, quads.add_quads)
     two, three, four, six = (block_sums(rows, WIDTH, quads.SUMS, quads.add_quads) for rows in (2, 3, 4, HEIGHT))
-    one_of_codes, two_of_codes, four_of_codes = (group_sums(rows) for rows in (1, 2, 4))
+    few_one = block_sums(1, OUTS, quads.SUMS, quads.add_quads, STREAMS)
+    few_two, few_three, few_four = (block_sums(r, WIDTH, quads.SUMS, quads.add_quads, STREAMS) for r in (2, 3, 4))
+    one_of_codes, two_of_codes, four_of_codes = (group_sums(rows, 1) for rows in (1, 2, 4))
+    one_of_groups, two_of_groups, four_of_groups = (group_sums(rows, GROUPS) for rows in (1, 2, 4))
 
 
 @kernel(8)
@@ -71,21 +75,51 @@ def round_rows(start: Any, stop: Any, x: Any, levels: Any, codes: Any, scale: An
 
 
 @piece
-def add_group(x, step, quad, eights, place, words, at, scales, group, sums):  # type: ignore[no-untyped-def]
-    """sums (rows, OUTS) int32 += x from a quad on times a group of a 4-bit matrix."""
-    rows = sums.shape[0]
+def add_groups(x, step, eights, words, scales, task, sums):  # type: ignore[no-untyped-def]
+    """sums (rows, OUTS) int32 += x times a block of a 4-bit matrix, for few rows."""
+    compile_once()
+    rows, count = sums.shape[0], step // (2 * DEEP)
+    part, first = count // GROUPS, task * count
     row = 0
     while row < rows:
         left = rows - row
-        if left >= 4:
-            four_of_codes(x, step, quad, eights, place, words, at, scales, group, sums, row)
-            row += 4
-        elif left >= 2:
-            two_of_codes(x, step, quad, eights, place, words, at, scales, group, sums, row)
-            row += 2
+        height = 4 if left >= 4 else min(left, 2)
+        for g in range(part):
+            if height == 4:
+                four_of_groups(x, step, eights, words, scales, g, first + g, part, sums, row)
+            elif height == 2:
+                two_of_groups(x, step, eights, words, scales, g, first + g, part, sums, row)
+            else:
+                one_of_groups(x, step, eights, words, scales, g, first + g, part, sums, row)
+        for g in range(part * GROUPS, count):
+            if height == 4:
+                four_of_codes(x, step, eights, words, scales, g, first + g, 0, sums, row)
+            elif height == 2:
+                two_of_codes(x, step, eights, words, scales, g, first + g, 0, sums, row)
+            else:
+                one_of_codes(x, step, eights, words, scales, g, first + g, 0, sums, row)
+        row += height
+
+
+@piece
+def add_block(x, step, words, first, sums):  # type: ignore[no-untyped-def]
+    """sums (rows, OUTS) int32 += x times a block of an 8-bit matrix from word `first` on, for few rows."""
+    compile_once()
+    rows = sums.shape[0]
+    row = 0
+    while row < rows:
+        height = min(rows - row, 4)
+        if height == 1:
+            few_one(x, step, words, first, 0, step, words, 0, sums, row, 0)
         else:
-            one_of_codes(x, step, quad, eights, place, words, at, scales, group, sums, row)
-            row += 1
+            for column in range(0, OUTS, WIDTH):
+                if height == 4:
+                    few_four(x, step, words, first, 0, step, words, 0, sums, row, column)
+                elif height == 3:
+                    few_three(x, step, words, first, 0, step, words, 0, sums, row, column)
+                else:
+                    few_two(x, step, words, first, 0, step, words, 0, sums, row, column)
+        row += height
 
 
 @piece
@@ -139,28 +173,27 @@ def rows_times(
     x = x.reshape(-1)
     sums = np.empty((lines, OUTS), np.int32)
     tile = np.empty(NEAR * OUTS, np.uint32)
-    near = NEAR if len(groups) > 0 or lines > FEW else step
     for task in range(start, stop):
         for i in range(lines):
             for j in range(OUTS):
                 sums[u(i), u(j)] = totals[u(task * OUTS + j)] * np.int32(-128)
-        for first in range(0, step, near):
-            count = min(near, step - first)
-            if len(groups) == 0:
-                at = (task * step + first) * OUTS
-                ahead = min(at + (count * OUTS if lines > FEW else 0), len(words) - NEAR * LINE)
-                add_piece(x, step, first, words, at, count, words, ahead, sums)
-                continue
-            for g in range(first // (2 * DEEP), (first + count) // (2 * DEEP)):
-                group = task * (step // (2 * DEEP)) + g
-                at = group * DEEP * OUTS
-                if lines <= SMALL:
-                    add_group(x, step, g * 2 * DEEP, eights, g, words, at, groups, group, sums)
+        if len(groups) == 0 and lines <= FEW:
+            add_block(x, step, words, task * step * OUTS, sums)
+        elif len(groups) > 0 and lines <= SMALL:
+            add_groups(x, step, eights, words, groups, task, sums)
+        else:
+            for first in range(0, step, NEAR):
+                count = min(NEAR, step - first)
+                at = task * step + first
+                if len(groups) == 0:
+                    ahead = min((at + count) * OUTS, len(words) - NEAR * LINE)
+                    add_piece(x, step, first, words, at * OUTS, count, words, ahead, sums)
                 else:
-                    expand_group(words, at, groups, group, tile, (g * 2 * DEEP - first) * OUTS)
-            if lines > SMALL:
-                ahead = min((task * step + first + count) // 2 * OUTS, len(words) - NEAR * LINE)
-                add_piece(x, step, first, tile, 0, count, words, ahead, sums)
+                    for g in range(0, count // (2 * DEEP)):
+                        group = at // (2 * DEEP) + g
+                        expand_group(words, group * DEEP * OUTS, groups, group, tile, g * 2 * DEEP * OUTS)
+                    ahead = min((at + count) // 2 * OUTS, len(words) - NEAR * LINE)
+                    add_piece(x, step, first, tile, 0, count, words, ahead, sums)
         for i in range(rows):
             for j in range(min(OUTS, out.shape[1] - task * OUTS)):
                 if lines == rows:

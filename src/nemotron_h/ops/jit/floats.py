@@ -1,0 +1,201 @@
+"""Any number of rows times a matrix of float32 or bfloat16, in float32. Definition: `ops/linear.py`.
+
+    sum = x[t, i] w[o, i] + sum, rounded once, for CHAIN inputs i one after the other; then total = total + sum
+
+An output of a row is these chains of fused multiply-adds, however many rows there are: its bits depend on that row
+alone. In a chain inputs come in the order in which few rows read a block (`blocks.py`): the first word of each part,
+then the second ones. bfloat16, two inputs a word, is widened on its way, which is exact: it needs no instructions of
+its own, and half the bytes are read. Few rows widen words in registers and take as long as the matrix needs to arrive.
+For more, x is laid out in that order, and so is a piece of a block at a time, in the nearest cache, once for all rows.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from nemotron_h.ops.jit.blocks import LINE, OUTS, STREAMS
+from nemotron_h.ops.jit.kernels import kernel
+from nemotron_h.ops.jit.scalars import FEATURES, compile_once, f, inline, numba, piece, read, u, write
+from nemotron_h.ops.jit.tiles import clear, zeros
+
+CHAIN = 1024  # inputs: rounding errors of longer chains would show in float32
+NEAR = 128  # inputs of a block that all rows are multiplied by before the next ones
+FEW = 12  # rows that wait for memory
+HEIGHT = 6  # rows whose sums stay in registers together
+VECTOR = 16 if FEATURES.get("avx512f", False) else 8  # sums of a vector
+WIDTH = 4 * VECTOR if VECTOR == 16 else 2 * VECTOR  # outputs of them, as far as there are registers
+
+if numba is not None:
+    from llvmlite import ir
+    from numba.core import cgutils
+
+    from nemotron_h.ops.jit.blocks import block_sums
+    from nemotron_h.ops.jit.scalars import as_bits
+
+    SUMS = ir.VectorType(ir.FloatType(), VECTOR)
+
+    def add_floats(builder: Any, sums: Any, a: Any, b: Any) -> Any:
+        """LLVM's value of a b + sums; a and b: words that are float32."""
+        kind = ir.FunctionType(SUMS, [SUMS] * 3)
+        fused = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{VECTOR}f32")
+        return builder.call(fused, [builder.bitcast(a, SUMS), builder.bitcast(b, SUMS), sums])
+
+    def add_widened(builder: Any, sums: Any, a: Any, b: Any) -> Any:
+        """The same for words that are pairs of bfloat16: the low ones, then the high ones."""
+        half, high = (ir.Constant(a.type, [value] * VECTOR) for value in (16, 0xFFFF0000))
+        sums = add_floats(builder, sums, builder.shl(a, half), builder.shl(b, half))
+        return add_floats(builder, sums, builder.and_(a, high), builder.and_(b, high))
+
+    one, two, three, four, six = (block_sums(rows, WIDTH, SUMS, add_floats) for rows in (1, 2, 3, 4, HEIGHT))
+    few_one = block_sums(1, OUTS, SUMS, add_floats, STREAMS)
+    few_two, few_three, few_four = (block_sums(rows, WIDTH, SUMS, add_floats, STREAMS) for rows in (2, 3, 4))
+    pairs_one = block_sums(1, OUTS, SUMS, add_widened, STREAMS)
+    pairs_two, pairs_three, pairs_four = (block_sums(rows, WIDTH, SUMS, add_widened, STREAMS) for rows in (2, 3, 4))
+
+
+@inline
+def word_at(place, words, inputs):  # type: ignore[no-untyped-def]
+    """Which of so many words of so many inputs comes at a place of that order."""
+    chain = CHAIN // inputs
+    first = place // chain * chain
+    part, place = min(chain, words - first) // STREAMS, place - first
+    return first + (place % STREAMS * part + place // STREAMS if place < part * STREAMS else place)
+
+
+@piece
+def end_chain(totals, sums):  # type: ignore[no-untyped-def]
+    """totals += sums, which begin anew."""
+    compile_once()
+    for i in range(sums.shape[0]):
+        for j in range(OUTS):
+            totals[u(i), u(j)] += sums[u(i), u(j)]
+            sums[u(i), u(j)] = f(0)
+
+
+@piece
+def store_block(out, task, totals):  # type: ignore[no-untyped-def]
+    """The block's outputs; totals begin anew."""
+    compile_once()
+    for i in range(totals.shape[0]):
+        for j in range(min(OUTS, out.shape[1] - task * OUTS)):
+            write(out, i, task * OUTS + j, totals[u(i), u(j)])
+    clear(totals)
+
+
+@kernel(1)
+def few_floats_times(start: Any, stop: Any, x: Any, words: Any, out: Any) -> None:
+    """x (rows, inputs) and words, all blocks': uint32 that are float32; out (rows, outputs). A task is a block."""
+    rows, step = x.shape
+    x = x.reshape(-1)
+    sums, totals = zeros(rows, OUTS), zeros(rows, OUTS)
+    for task in range(start, stop):
+        first = task * step * OUTS
+        for begin in range(0, step, CHAIN):
+            end, row = min(begin + CHAIN, step), 0
+            while row < rows:
+                height = min(rows - row, 4)
+                if height == 1:
+                    few_one(x, step, words, first, begin, end, words, 0, sums, row, 0)
+                else:
+                    for column in range(0, OUTS, WIDTH):
+                        if height == 4:
+                            few_four(x, step, words, first, begin, end, words, 0, sums, row, column)
+                        elif height == 3:
+                            few_three(x, step, words, first, begin, end, words, 0, sums, row, column)
+                        else:
+                            few_two(x, step, words, first, begin, end, words, 0, sums, row, column)
+                row += height
+            end_chain(totals, sums)
+        store_block(out, task, totals)
+
+
+@kernel(1)
+def few_pairs_times(start: Any, stop: Any, x: Any, words: Any, out: Any) -> None:
+    """The same with words that are pairs of bfloat16."""
+    rows, step = x.shape
+    x = x.reshape(-1)
+    sums, totals = zeros(rows, OUTS), zeros(rows, OUTS)
+    for task in range(start, stop):
+        first = task * step * OUTS
+        for begin in range(0, step, CHAIN // 2):
+            end, row = min(begin + CHAIN // 2, step), 0
+            while row < rows:
+                height = min(rows - row, 4)
+                if height == 1:
+                    pairs_one(x, step, words, first, begin, end, words, 0, sums, row, 0)
+                else:
+                    for column in range(0, OUTS, WIDTH):
+                        if height == 4:
+                            pairs_four(x, step, words, first, begin, end, words, 0, sums, row, column)
+                        elif height == 3:
+                            pairs_three(x, step, words, first, begin, end, words, 0, sums, row, column)
+                        else:
+                            pairs_two(x, step, words, first, begin, end, words, 0, sums, row, column)
+                row += height
+            end_chain(totals, sums)
+        store_block(out, task, totals)
+
+
+@kernel(8)
+def in_order(start: Any, stop: Any, x: Any, inputs: Any, words: Any, ordered: Any) -> None:
+    """ordered (pieces, rows, NEAR) uint32 = x as float32, in the order in which few rows read so many words of so many
+    inputs; zeros where x has none."""
+    for t in range(start, stop):
+        for place in range(words):
+            word = word_at(place, words, inputs)
+            for k in range(inputs):
+                i, to = word * inputs + k, place * inputs + k
+                ordered[to // NEAR, u(t), u(to % NEAR)] = as_bits(read(x, t, i)) if i < x.shape[1] else np.uint32(0)
+
+
+@piece
+def load_words(tile, words, block, step, place, count, inputs):  # type: ignore[no-untyped-def]
+    """tile: so many words of a block, from a place in that order on, as float32."""
+    compile_once()
+    for k in range(count):
+        first = (block * step + word_at(place + k, step, inputs)) * OUTS
+        if inputs == 1:
+            for j in range(OUTS):
+                tile[u(k * OUTS + j)] = words[u(first + j)]
+        else:
+            for j in range(OUTS):
+                pair = words[u(first + j)]
+                tile[u(2 * k * OUTS + j)] = pair << np.uint32(16)
+                tile[u((2 * k + 1) * OUTS + j)] = pair & np.uint32(0xFFFF0000)
+
+
+@kernel(1)
+def many_times(start: Any, stop: Any, x: Any, inputs: Any, step: Any, words: Any, out: Any) -> None:
+    """The same for any number of rows of `in_order`; step: words of a block's output."""
+    rows = out.shape[0]
+    sums, totals, tile = zeros(rows, OUTS), zeros(rows, OUTS), np.empty(NEAR * OUTS, np.uint32)
+    near = NEAR // inputs
+    for task in range(start, stop):
+        for number in range(len(x)):
+            place = number * near
+            count = min(near, step - place)
+            load_words(tile, words, task, step, place, count, inputs)
+            of_piece, count = x[number].reshape(-1), count * inputs
+            row, asked = 0, number
+            while row < rows:
+                left = rows - row
+                height = HEIGHT if left >= HEIGHT else min(left, 4)
+                # what the next pieces read of one part of the chain
+                following = word_at(min(place + near + asked % STREAMS, step - 1), step, inputs)
+                ahead = min((task * step + following) * OUTS, len(words) - NEAR * LINE)
+                for column in range(0, OUTS, WIDTH):
+                    if height == HEIGHT:
+                        six(of_piece, NEAR, tile, 0, 0, count, words, ahead, sums, row, column)
+                    elif height == 4:
+                        four(of_piece, NEAR, tile, 0, 0, count, words, ahead, sums, row, column)
+                    elif height == 3:
+                        three(of_piece, NEAR, tile, 0, 0, count, words, ahead, sums, row, column)
+                    elif height == 2:
+                        two(of_piece, NEAR, tile, 0, 0, count, words, ahead, sums, row, column)
+                    else:
+                        one(of_piece, NEAR, tile, 0, 0, count, words, ahead, sums, row, column)
+                row, asked = row + height, asked + 1
+            if (number + 1) % (CHAIN // NEAR) == 0:
+                end_chain(totals, sums)
+        end_chain(totals, sums)
+        store_block(out, task, totals)
