@@ -9,11 +9,12 @@ they read a block at STREAMS places side by side, which memory serves a fourth f
 from collections.abc import Callable
 from typing import Any
 
-from nemotron_h.ops.jit.scalars import numba
+from nemotron_h.ops.jit.scalars import compile_once, numba, piece
 
 OUTS = 64  # outputs of a block
 LINE = 16  # words of a line of the cache
 STREAMS = 8
+SMALL = 4  # rows, of those that are few, whose sums stay in registers together
 
 if numba is not None:
     from llvmlite import ir
@@ -88,5 +89,40 @@ if numba is not None:
                 return context.get_dummy_value()
 
             return types.void(x, step, weights, first, begin, end, asked, ahead, sums, row, column), generate
+
+        return go_on
+
+    def rows_sums(of_sums: Any, width: int, add: Add, height: int = SMALL, streams: int = 1) -> Any:
+        """For numba: the same for all rows of sums (rows, OUTS), `height` of them and `width` outputs at a time.
+
+        Groups of rows ask memory in turn for STREAMS runs of lines, a line for each word, `apart` words after each
+        other from the word `ahead` of `asked` on; turn: which run is the first.
+        """
+        one = block_sums(1, OUTS, of_sums, add, streams)
+        two, three, four = (block_sums(rows, width, of_sums, add, streams) for rows in (2, 3, 4))
+        most = block_sums(height, width, of_sums, add, streams) if height > SMALL else four
+
+        @piece
+        def go_on(x, step, weights, first, begin, end, asked, ahead, apart, turn, sums):  # type: ignore[no-untyped-def]
+            compile_once()
+            rows, last = sums.shape[0], len(asked) - (end - begin) * LINE
+            row = 0
+            while row < rows:
+                left = rows - row
+                taken = height if left >= height else min(left, SMALL)
+                soon = min(ahead + turn % STREAMS * apart, last)
+                if taken == 1:
+                    one(x, step, weights, first, begin, end, asked, soon, sums, row, 0)
+                else:
+                    for column in range(0, OUTS, width):
+                        if taken == 2:
+                            two(x, step, weights, first, begin, end, asked, soon, sums, row, column)
+                        elif taken == 3:
+                            three(x, step, weights, first, begin, end, asked, soon, sums, row, column)
+                        elif taken == SMALL:
+                            four(x, step, weights, first, begin, end, asked, soon, sums, row, column)
+                        else:
+                            most(x, step, weights, first, begin, end, asked, soon, sums, row, column)
+                row, turn = row + taken, turn + 1
 
         return go_on

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nemotron_h.ops.jit.blocks import LINE, OUTS, STREAMS
+from nemotron_h.ops.jit.blocks import OUTS, STREAMS
 from nemotron_h.ops.jit.kernels import kernel
 from nemotron_h.ops.jit.scalars import FEATURES, compile_once, f, inline, numba, piece, read, u, write
 from nemotron_h.ops.jit.tiles import clear, zeros
@@ -29,7 +29,7 @@ if numba is not None:
     from llvmlite import ir
     from numba.core import cgutils
 
-    from nemotron_h.ops.jit.blocks import block_sums
+    from nemotron_h.ops.jit.blocks import rows_sums
     from nemotron_h.ops.jit.scalars import as_bits
 
     SUMS = ir.VectorType(ir.FloatType(), VECTOR)
@@ -46,20 +46,15 @@ if numba is not None:
         sums = add_floats(builder, sums, builder.shl(a, half), builder.shl(b, half))
         return add_floats(builder, sums, builder.and_(a, high), builder.and_(b, high))
 
-    one, two, three, four, six = (block_sums(rows, WIDTH, SUMS, add_floats) for rows in (1, 2, 3, 4, HEIGHT))
-    few_one = block_sums(1, OUTS, SUMS, add_floats, STREAMS)
-    few_two, few_three, few_four = (block_sums(rows, WIDTH, SUMS, add_floats, STREAMS) for rows in (2, 3, 4))
-    pairs_one = block_sums(1, OUTS, SUMS, add_widened, STREAMS)
-    pairs_two, pairs_three, pairs_four = (block_sums(rows, WIDTH, SUMS, add_widened, STREAMS) for rows in (2, 3, 4))
+    add_many = rows_sums(SUMS, WIDTH, add_floats, HEIGHT)
+    add_few = rows_sums(SUMS, WIDTH, add_floats, streams=STREAMS)
+    add_few_pairs = rows_sums(SUMS, WIDTH, add_widened, streams=STREAMS)
 
 
 @inline
-def word_at(place, words, inputs):  # type: ignore[no-untyped-def]
-    """Which of so many words of so many inputs comes at a place of that order."""
-    chain = CHAIN // inputs
-    first = place // chain * chain
-    part, place = min(chain, words - first) // STREAMS, place - first
-    return first + (place % STREAMS * part + place // STREAMS if place < part * STREAMS else place)
+def word_at(place, part):  # type: ignore[no-untyped-def]
+    """Which word of a chain, in whose STREAMS parts are so many each, comes at a place of that order."""
+    return place % STREAMS * part + place // STREAMS if place < part * STREAMS else place
 
 
 @piece
@@ -91,20 +86,8 @@ def few_floats_times(start: Any, stop: Any, x: Any, words: Any, out: Any) -> Non
     for task in range(start, stop):
         first = task * step * OUTS
         for begin in range(0, step, CHAIN):
-            end, row = min(begin + CHAIN, step), 0
-            while row < rows:
-                height = min(rows - row, 4)
-                if height == 1:
-                    few_one(x, step, words, first, begin, end, words, 0, sums, row, 0)
-                else:
-                    for column in range(0, OUTS, WIDTH):
-                        if height == 4:
-                            few_four(x, step, words, first, begin, end, words, 0, sums, row, column)
-                        elif height == 3:
-                            few_three(x, step, words, first, begin, end, words, 0, sums, row, column)
-                        else:
-                            few_two(x, step, words, first, begin, end, words, 0, sums, row, column)
-                row += height
+            end = min(begin + CHAIN, step)
+            add_few(x, step, words, first, begin, end, words, 0, 0, 0, sums)
             end_chain(totals, sums)
         store_block(out, task, totals)
 
@@ -118,20 +101,8 @@ def few_pairs_times(start: Any, stop: Any, x: Any, words: Any, out: Any) -> None
     for task in range(start, stop):
         first = task * step * OUTS
         for begin in range(0, step, CHAIN // 2):
-            end, row = min(begin + CHAIN // 2, step), 0
-            while row < rows:
-                height = min(rows - row, 4)
-                if height == 1:
-                    pairs_one(x, step, words, first, begin, end, words, 0, sums, row, 0)
-                else:
-                    for column in range(0, OUTS, WIDTH):
-                        if height == 4:
-                            pairs_four(x, step, words, first, begin, end, words, 0, sums, row, column)
-                        elif height == 3:
-                            pairs_three(x, step, words, first, begin, end, words, 0, sums, row, column)
-                        else:
-                            pairs_two(x, step, words, first, begin, end, words, 0, sums, row, column)
-                row += height
+            end = min(begin + CHAIN // 2, step)
+            add_few_pairs(x, step, words, first, begin, end, words, 0, 0, 0, sums)
             end_chain(totals, sums)
         store_block(out, task, totals)
 
@@ -140,20 +111,38 @@ def few_pairs_times(start: Any, stop: Any, x: Any, words: Any, out: Any) -> None
 def in_order(start: Any, stop: Any, x: Any, inputs: Any, words: Any, ordered: Any) -> None:
     """ordered (pieces, rows, NEAR) uint32 = x as float32, in the order in which few rows read so many words of so many
     inputs; zeros where x has none."""
+    chain, near = CHAIN // inputs, NEAR // inputs
     for t in range(start, stop):
-        for place in range(words):
-            word = word_at(place, words, inputs)
-            for k in range(inputs):
-                i, to = word * inputs + k, place * inputs + k
-                ordered[to // NEAR, u(t), u(to % NEAR)] = as_bits(read(x, t, i)) if i < x.shape[1] else np.uint32(0)
+        for begin in range(0, words, chain):
+            count = min(chain, words - begin)
+            part = count // STREAMS
+            for place in range(0, count, near):
+                number = (begin + place) // near
+                if place + near <= part * STREAMS and (begin + count) * inputs <= x.shape[1]:
+                    for k in range(near // STREAMS):
+                        word = begin + place // STREAMS + k
+                        for stream in range(STREAMS):
+                            at, to = word + stream * part, k * STREAMS + stream
+                            if inputs == 1:
+                                ordered[u(number), u(t), u(to)] = as_bits(read(x, t, at))
+                            else:
+                                ordered[u(number), u(t), u(2 * to)] = as_bits(read(x, t, 2 * at))
+                                ordered[u(number), u(t), u(2 * to + 1)] = as_bits(read(x, t, 2 * at + 1))
+                    continue
+                for k in range(min(near, count - place)):
+                    word = begin + word_at(place + k, part)
+                    for j in range(inputs):
+                        i = word * inputs + j
+                        bits = as_bits(read(x, t, i)) if i < x.shape[1] else np.uint32(0)
+                        ordered[u(number), u(t), u(k * inputs + j)] = bits
 
 
 @piece
-def load_words(tile, words, block, step, place, count, inputs):  # type: ignore[no-untyped-def]
-    """tile: so many words of a block, from a place in that order on, as float32."""
+def load_words(tile, words, chain, part, place, count, inputs):  # type: ignore[no-untyped-def]
+    """tile: so many words of a chain from a place in that order on, as float32; chain: where its words begin."""
     compile_once()
     for k in range(count):
-        first = (block * step + word_at(place + k, step, inputs)) * OUTS
+        first = chain + word_at(place + k, part) * OUTS
         if inputs == 1:
             for j in range(OUTS):
                 tile[u(k * OUTS + j)] = words[u(first + j)]
@@ -169,33 +158,18 @@ def many_times(start: Any, stop: Any, x: Any, inputs: Any, step: Any, words: Any
     """The same for any number of rows of `in_order`; step: words of a block's output."""
     rows = out.shape[0]
     sums, totals, tile = zeros(rows, OUTS), zeros(rows, OUTS), np.empty(NEAR * OUTS, np.uint32)
-    near = NEAR // inputs
+    near, chain = NEAR // inputs, CHAIN // inputs
     for task in range(start, stop):
-        for number in range(len(x)):
-            place = number * near
-            count = min(near, step - place)
-            load_words(tile, words, task, step, place, count, inputs)
-            of_piece, count = x[number].reshape(-1), count * inputs
-            row, asked = 0, number
-            while row < rows:
-                left = rows - row
-                height = HEIGHT if left >= HEIGHT else min(left, 4)
-                # what the next pieces read of one part of the chain
-                following = word_at(min(place + near + asked % STREAMS, step - 1), step, inputs)
-                ahead = min((task * step + following) * OUTS, len(words) - NEAR * LINE)
-                for column in range(0, OUTS, WIDTH):
-                    if height == HEIGHT:
-                        six(of_piece, NEAR, tile, 0, 0, count, words, ahead, sums, row, column)
-                    elif height == 4:
-                        four(of_piece, NEAR, tile, 0, 0, count, words, ahead, sums, row, column)
-                    elif height == 3:
-                        three(of_piece, NEAR, tile, 0, 0, count, words, ahead, sums, row, column)
-                    elif height == 2:
-                        two(of_piece, NEAR, tile, 0, 0, count, words, ahead, sums, row, column)
-                    else:
-                        one(of_piece, NEAR, tile, 0, 0, count, words, ahead, sums, row, column)
-                row, asked = row + height, asked + 1
-            if (number + 1) % (CHAIN // NEAR) == 0:
-                end_chain(totals, sums)
-        end_chain(totals, sums)
+        for begin in range(0, step, chain):
+            width = min(chain, step - begin)
+            part, first = width // STREAMS, (task * step + begin) * OUTS
+            for place in range(0, width, near):
+                count = min(near, width - place)
+                load_words(tile, words, first, part, place, count, inputs)
+                number = (begin + place) // near
+                # the next piece's words of one part, and how far those of the next part are
+                ahead, apart = first + (place + near) // STREAMS * OUTS, part * OUTS
+                of_piece = x[number].reshape(-1)
+                add_many(of_piece, NEAR, tile, 0, 0, count * inputs, words, ahead, apart, number, sums)
+            end_chain(totals, sums)
         store_block(out, task, totals)

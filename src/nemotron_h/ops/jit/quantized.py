@@ -25,14 +25,12 @@ HEIGHT = 6  # rows whose sums stay in registers together
 WIDTH = 4 * quads.LANES if quads.WIDE else 2 * quads.LANES  # outputs of them, as far as there are registers
 
 if numba is not None:
-    from nemotron_h.ops.jit.blocks import block_sums
+    from nemotron_h.ops.jit.blocks import rows_sums
     from nemotron_h.ops.jit.nibbles import expand_group, group_sums
     from nemotron_h.ops.jit.scalars import as_bits, as_float
 
-    one = block_sums(1, OUTS, quads.SUMS, quads.add_quads)
-    two, three, four, six = (block_sums(rows, WIDTH, quads.SUMS, quads.add_quads) for rows in (2, 3, 4, HEIGHT))
-    few_one = block_sums(1, OUTS, quads.SUMS, quads.add_quads, STREAMS)
-    few_two, few_three, few_four = (block_sums(r, WIDTH, quads.SUMS, quads.add_quads, STREAMS) for r in (2, 3, 4))
+    add_many = rows_sums(quads.SUMS, WIDTH, quads.add_quads, HEIGHT)
+    add_few = rows_sums(quads.SUMS, WIDTH, quads.add_quads, streams=STREAMS)
     one_of_codes, two_of_codes, four_of_codes = (group_sums(rows, 1) for rows in (1, 2, 4))
     one_of_groups, two_of_groups, four_of_groups = (group_sums(rows, GROUPS) for rows in (1, 2, 4))
 
@@ -101,54 +99,6 @@ def add_groups(x, step, eights, words, scales, task, sums):  # type: ignore[no-u
         row += height
 
 
-@piece
-def add_block(x, step, words, first, sums):  # type: ignore[no-untyped-def]
-    """sums (rows, OUTS) int32 += x times a block of an 8-bit matrix from word `first` on, for few rows."""
-    compile_once()
-    rows = sums.shape[0]
-    row = 0
-    while row < rows:
-        height = min(rows - row, 4)
-        if height == 1:
-            few_one(x, step, words, first, 0, step, words, 0, sums, row, 0)
-        else:
-            for column in range(0, OUTS, WIDTH):
-                if height == 4:
-                    few_four(x, step, words, first, 0, step, words, 0, sums, row, column)
-                elif height == 3:
-                    few_three(x, step, words, first, 0, step, words, 0, sums, row, column)
-                else:
-                    few_two(x, step, words, first, 0, step, words, 0, sums, row, column)
-        row += height
-
-
-@piece
-def add_piece(x, step, quad, words, first, count, asked, ahead, sums):  # type: ignore[no-untyped-def]
-    """sums (rows, OUTS) int32 += x from a quad on times so many words of a block from `first` on; memory is asked for
-    the words of `asked` from `ahead` on."""
-    compile_once()
-    begin, end, first = quad, quad + count, first - quad * OUTS
-    rows = sums.shape[0]
-    row = 0
-    while row < rows:
-        left = rows - row
-        height = HEIGHT if left >= HEIGHT else min(left, 4)
-        if height == 1:
-            one(x, step, words, first, begin, end, asked, ahead, sums, row, 0)
-        else:
-            for column in range(0, OUTS, WIDTH):
-                if height == HEIGHT:
-                    six(x, step, words, first, begin, end, asked, ahead, sums, row, column)
-                elif height == 4:
-                    four(x, step, words, first, begin, end, asked, ahead, sums, row, column)
-                elif height == 3:
-                    three(x, step, words, first, begin, end, asked, ahead, sums, row, column)
-                else:
-                    two(x, step, words, first, begin, end, asked, ahead, sums, row, column)
-        row += height
-        ahead = min(ahead + count * LINE, len(asked) - NEAR * LINE)
-
-
 @kernel(1)
 def rows_times(
     start: Any,
@@ -178,7 +128,7 @@ def rows_times(
             for j in range(OUTS):
                 sums[u(i), u(j)] = totals[u(task * OUTS + j)] * np.int32(-128)
         if len(groups) == 0 and lines <= FEW:
-            add_block(x, step, words, task * step * OUTS, sums)
+            add_few(x, step, words, task * step * OUTS, 0, step, words, 0, 0, 0, sums)
         elif len(groups) > 0 and lines <= SMALL:
             add_groups(x, step, eights, words, groups, task, sums)
         else:
@@ -186,14 +136,14 @@ def rows_times(
                 count = min(NEAR, step - first)
                 at = task * step + first
                 if len(groups) == 0:
-                    ahead = min((at + count) * OUTS, len(words) - NEAR * LINE)
-                    add_piece(x, step, first, words, at * OUTS, count, words, ahead, sums)
+                    ahead, apart, begin = (at + count) * OUTS, count * LINE, task * step * OUTS
+                    add_many(x, step, words, begin, first, first + count, words, ahead, apart, 0, sums)
                 else:
                     for g in range(0, count // (2 * DEEP)):
                         group = at // (2 * DEEP) + g
                         expand_group(words, group * DEEP * OUTS, groups, group, tile, g * 2 * DEEP * OUTS)
-                    ahead = min((at + count) // 2 * OUTS, len(words) - NEAR * LINE)
-                    add_piece(x, step, first, tile, 0, count, words, ahead, sums)
+                    ahead, apart, begin = (at + count) // 2 * OUTS, count * LINE, -first * OUTS
+                    add_many(x, step, tile, begin, first, first + count, words, ahead, apart, 0, sums)
         for i in range(rows):
             for j in range(min(OUTS, out.shape[1] - task * OUTS)):
                 if lines == rows:
