@@ -47,6 +47,34 @@ def test_roofs(race: Race, monkeypatch: pytest.MonkeyPatch) -> None:
     flops = sum(cost.prefill_flops(PRESETS["8b"], 512).values())
     assert race.prefill_roof("bfloat16", 512) == 1e12 / flops
     assert race.prefill_roof("float32", 512) == 1e11 / flops
+    monkeypatch.setattr(speed.machine, "matmul_rates", lambda **sizes: {"bfloat16": 1e10, "float32": 1e11})
+    assert race.prefill_roof("bfloat16", 512) == 1e11 / flops  # widened
+
+
+class Told:
+    """A contestant that was started with these arguments."""
+
+    def __init__(self, script: Path, arguments: list[str], python: str = "") -> None:
+        self.started = script.stem, arguments[1]
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+@pytest.mark.parametrize("has_products", [False, True])
+def test_where_bfloat16_is_slow_peers_take_part_in_float32_too(
+    race: Race, monkeypatch: pytest.MonkeyPatch, *, has_products: bool
+) -> None:
+    race.peers = {"transformers": "python", "vllm": "python"}
+    monkeypatch.setattr(speed, "Contestant", Told)
+    monkeypatch.setattr(speed, "PRODUCTS", has_products)
+    with race.contestants("bfloat16") as some:
+        started = {name: one.started for name, one in some.items()}  # type: ignore[attr-defined]
+    wide = {} if has_products else {f"{name} float32": (f"run_{name}", "float32") for name in race.peers}
+    narrow = {name: (f"run_{name}", "bfloat16") for name in race.peers}
+    assert started == {"bfloat16": ("run_ours", "bfloat16")} | narrow | wide
+    with race.contestants("float32") as some:
+        assert set(some) == {"float32", *race.peers}
 
 
 class Dying:

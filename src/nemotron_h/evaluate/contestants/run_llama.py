@@ -93,5 +93,19 @@ def serving(count: int, length: int, new: int) -> float:
     return count * new / took
 
 
+def loss(windows: list[list[int]]) -> float:
+    """Nats per token, of windows of one length, after the first of each."""
+    nats = []
+    for tokens in windows:
+        context = Context(1, len(tokens))
+        context.read([(token, place, 0, True) for place, token in enumerate(tokens)])
+        logits = np.ctypeslib.as_array(api.llama_get_logits(context.context), (len(tokens), vocab))[:-1]
+        top = logits.max(1)
+        whole = top + np.log(np.exp(logits - top[:, None], dtype=np.float64).sum(1))
+        nats.append((whole - logits[np.arange(len(tokens) - 1), tokens[1:]]).mean())
+        context.close()
+    return float(np.mean(nats))
+
+
 about = {"version": f"llama-cpp-python {importlib.metadata.version('llama-cpp-python')}"}
-serve(about, {"prefill": prefill, "decode": decode, "serving": serving})
+serve(about, {"prefill": prefill, "decode": decode, "serving": serving, "loss": loss})

@@ -6,6 +6,7 @@ import sys
 import time
 
 import torch
+import torch.nn.functional as F
 from contest import serve
 
 import nemotron_h
@@ -53,6 +54,14 @@ def serving(count: int, length: int, new: int) -> float:
     return count * new / (time.perf_counter() - began)
 
 
+@torch.no_grad()
+def loss(windows: list[list[int]]) -> float:
+    """Nats per token, of windows of one length, after the first of each."""
+    tokens = torch.tensor(windows)
+    of_each = [F.cross_entropy(model(ids[None])[0, :-1], ids[1:]).item() for ids in tokens]
+    return sum(of_each) / len(of_each)
+
+
 def peak(length: int) -> int:
     """Peak bytes of the process after a prompt of that length."""
     prefill(length)
@@ -61,5 +70,5 @@ def peak(length: int) -> int:
 
 serve(
     {"version": f"nemotron-h {nemotron_h.__version__}"},
-    {"prefill": prefill, "decode": decode, "serving": serving, "peak": peak},
+    {"prefill": prefill, "decode": decode, "serving": serving, "loss": loss, "peak": peak},
 )

@@ -3,7 +3,7 @@
 A word holds what one lane of an instruction multiplies: a float32, a pair of bfloat16 (`pairs.py`), or four 8-bit
 integers (`quads.py`). A block is OUTS outputs of a matrix; in it, word k of every output lies side by side, then word
 k + 1. Many rows read it in that order, and memory is asked meanwhile for what comes next. Few rows wait for memory:
-they read a block at STREAMS places side by side, which memory serves a fourth faster than one.
+they read a block at STREAMS places side by side, which memory serves faster than one.
 """
 
 from collections.abc import Callable

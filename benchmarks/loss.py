@@ -1,0 +1,70 @@
+"""What a format costs: held-out loss and bits per weight, ours beside llama.cpp's of as many bits, of a trained model.
+
+    python benchmarks/loss.py FOLDER [--llama PYTHON]
+
+FOLDER: of `make run`, whose held-out shard is read: the beginnings of documents, as one window each. Losses have one
+value: nothing is drawn. Bits per weight are those of the layers' matrices and the head; a row of a file of llama.cpp's
+has an embedding of its own beside them, as ours has.
+"""
+
+import argparse
+from pathlib import Path
+
+import gguf
+from results import commit, write
+
+from nemotron_h.checkpoint.resume import newest_step
+from nemotron_h.data.shards import Shard
+from nemotron_h.evaluate.rows import Row, row
+from nemotron_h.evaluate.speed import TYPES, Race
+from nemotron_h.inference.load import load
+
+WIDTH = 512  # tokens of a window: llama.cpp reads so many at a time
+
+
+def beginnings(shard: Shard, most: int) -> list[list[int]]:
+    """Of the first documents that are long enough."""
+    long = (index for index in range(len(shard)) if len(shard[index]) >= WIDTH)
+    return [shard[index][:WIDTH].tolist() for index, _ in zip(long, range(most), strict=False)]
+
+
+def bits_of_gguf(path: Path) -> float:
+    tensors = [one for one in gguf.GGUFReader(path).tensors if len(one.shape) == 2 and one.name != "token_embd.weight"]
+    matrices = [one for one in tensors if "ssm_conv1d" not in one.name and "ssm_a" not in one.name]
+    return 8 * sum(int(one.n_bytes) for one in matrices) / sum(int(one.n_elements) for one in matrices)
+
+
+def bits_of_ours(folder: Path, precision: str) -> float:
+    matrices = load(folder, precision=precision).model.matrices.values()
+    stored = sum(parameter.nbytes for one in matrices for parameter in one.parameters())
+    return 8 * stored / sum(one.shape[0] * one.shape[1] for one in matrices)
+
+
+def measured(race: Race, windows: list[list[int]]) -> list[Row]:
+    found = []
+    for precision, kind in TYPES.items():
+        bits = f"{precision}, bits per weight, head included"
+        with race.contestants(precision, peers=("llama",)) as some:
+            ours, *peers = some.values()
+            loss, what = ours.ask("loss", windows=windows), f"{precision}, loss of {len(windows)} windows held out"
+            mine = bits_of_ours(race.folder, precision)
+            for peer in peers:
+                version = f"{peer.about['version']} {kind}"
+                found.append(row(what, "nats", [loss], [peer.ask("loss", windows=windows)], version, higher=False))
+                found.append(row(bits, "bits", [mine], [bits_of_gguf(race.gguf(kind))], version, higher=False))
+            if not peers:
+                found += [row(what, "nats", [loss], higher=False), row(bits, "bits", [mine], higher=False)]
+    return found
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--llama", help="the Python that has it")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "nemotron_h" / "race")
+    parser.add_argument("--windows", type=int, default=64)
+    given, checked_out = parser.parse_args(), commit()
+    checkpoint = newest_step(given.folder / "training" / "checkpoints")
+    race = Race(checkpoint, given.cache, {"llama": given.llama} if given.llama else {}, n=1)
+    windows = beginnings(Shard(given.folder / "shards" / "validation"), given.windows)
+    write("loss", measured(race, windows), checked_out)

@@ -1,0 +1,132 @@
+"""Where the time goes, by kind of work: a prompt, and a token of one sequence, in each precision.
+
+    python benchmarks/where.py [PRESET] [--length 2048] [--n 5]
+
+Each launch of a kernel is timed by itself, where a step runs all of them in one go: so what is told of a token are
+shares of the sum, and beside it how long the step takes in one go.
+"""
+
+import argparse
+import statistics
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from results import commit, write
+
+from nemotron_h.evaluate.rows import Row, row
+from nemotron_h.evaluate.speed import TYPES, untrained
+from nemotron_h.inference.load import load
+from nemotron_h.machine import tune_memory
+from nemotron_h.model.hybrid import Hybrid
+from nemotron_h.model.state import State
+from nemotron_h.ops.jit import kernels
+
+# By the kernel's file and name; what is not named is the rest.
+KINDS = {
+    "linear": "products",
+    "floats": "products",
+    "quantized": "products",
+    "quantized.round_rows": "rounding of rows",
+    "floats.in_order": "laying out of rows",
+    "ssd": "scan",
+    "attention": "attention",
+    "conv": "convolution",
+    "norm": "norms",
+}
+OTHER = "the rest"
+
+
+def kind(launch: object) -> str:
+    """Of a compiled kernel, whose name ends in a digest."""
+    function = launch.py_func  # type: ignore[attr-defined]
+    name = function.__name__.rpartition("_")[0]
+    room = function.__module__.rpartition(".")[2]
+    return KINDS.get(f"{room}.{name}", KINDS.get(room, OTHER))
+
+
+class Timed(kernels.Recording):
+    """A recording that also says how long each launch took, by kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: Counter[str] = Counter()
+        self.kinds: list[str] = []
+
+    def add(self, launch: object, count: int, threads: int, some: int, rest: tuple[object, ...]) -> None:
+        began = time.perf_counter()
+        super().add(launch, count, threads, some, rest)
+        self.kinds.append(kind(launch))
+        self.seconds[self.kinds[-1]] += time.perf_counter() - began
+
+    def one_by_one(self) -> Counter[str]:
+        """The same of another run."""
+        seconds: Counter[str] = Counter()
+        places = np.array([place.ctypes.data for place in self._launches], np.int64)
+        functions = np.array(self._functions, np.int64)
+        for index, name in enumerate(self.kinds):
+            began = time.perf_counter()
+            kernels.run_again(functions[index : index + 1], places[index : index + 1], torch.get_num_threads())
+            seconds[name] += time.perf_counter() - began
+        return seconds
+
+
+def call(model: Hybrid, state: State, length: int) -> tuple[Timed, float]:
+    """One call of so many tokens, and the seconds that it took."""
+    segments = state.segments([length], model.row_multiple)
+    timed = Timed()
+    token = kernels.RECORDING.set(timed)
+    began = time.perf_counter()
+    hidden = model.hidden(torch.zeros(length, dtype=torch.int64), segments, state)
+    model.logits(hidden[-model.row_multiple :])
+    took = time.perf_counter() - began
+    kernels.RECORDING.reset(token)
+    return timed, took
+
+
+def shares(what: str, runs: list[Counter[str]], wholes: list[float]) -> list[Row]:
+    """Each kind's part of the whole, the largest first."""
+    median = {name: statistics.median(run[name] for run in runs) for name in sorted(set().union(*runs))}
+    whole = statistics.median(wholes)
+    rows = [row(f"{what}, ms", "ms", [1e3 * seconds for seconds in wholes], higher=False)]
+    for name, seconds in sorted(median.items(), key=lambda item: -item[1]):
+        rows.append(row(f"{what}: {name}", "% of it", [100 * seconds / whole], higher=False))
+    return rows
+
+
+@torch.no_grad()
+def measured(folder: Path, precision: str, length: int, n: int) -> list[Row]:
+    model = load(folder, precision=precision).model
+    model.row_multiple = 1 if model.takes_any_rows else model.row_multiple
+    call(model, model.empty_state(1), length)
+    prompts = [call(model, model.empty_state(1), length) for _ in range(n)]
+    found = shares(
+        f"{precision}, prompt of {length:,} tokens",
+        [timed.seconds for timed, _ in prompts],
+        [took for _, took in prompts],
+    )
+    state = model.empty_state(1)
+    call(model, state, length)
+    step, _ = call(model, state, 1)
+    wholes = []
+    for _ in range(20 * n):
+        began = time.perf_counter()
+        step.replay()
+        wholes.append(time.perf_counter() - began)
+    return found + shares(f"{precision}, token after {length:,}", [step.one_by_one() for _ in range(20 * n)], wholes)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("preset", nargs="?", default="256m")
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--n", type=int, default=5)
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "nemotron_h" / "race")
+    given, checked_out = parser.parse_args(), commit()
+    tune_memory()
+    given.cache.mkdir(parents=True, exist_ok=True)
+    folder = untrained(given.preset, given.cache)
+    rows = [one for precision in TYPES for one in measured(folder, precision, given.length, given.n)]
+    write(f"where-{given.preset}", rows, checked_out)
