@@ -15,10 +15,12 @@ from results import commit, write
 
 from nemotron_h.checkpoint.resume import newest_step
 from nemotron_h.data.shards import Shard
+from nemotron_h.evaluate.contestants.contest import Contestant
 from nemotron_h.evaluate.rows import Row, row
 from nemotron_h.evaluate.speed import TYPES, Race
 from nemotron_h.inference.load import load
 
+UNIT = "thousandths of a nat"
 WIDTH = 512  # tokens of a window: llama.cpp reads so many at a time
 
 
@@ -40,20 +42,24 @@ def bits_of_ours(folder: Path, precision: str) -> float:
     return 8 * stored / sum(one.shape[0] * one.shape[1] for one in matrices)
 
 
+def asked(contestant: Contestant, windows: list[list[int]]) -> float:
+    return 1000 * contestant.ask("loss", windows=windows)  # type: ignore[no-any-return]
+
+
 def measured(race: Race, windows: list[list[int]]) -> list[Row]:
     found = []
     for precision, kind in TYPES.items():
         bits = f"{precision}, bits per weight, head included"
         with race.contestants(precision, peers=("llama",)) as some:
             ours, *peers = some.values()
-            loss, what = ours.ask("loss", windows=windows), f"{precision}, loss of {len(windows)} windows held out"
+            loss, what = asked(ours, windows), f"{precision}, loss of {len(windows)} windows held out"
             mine = bits_of_ours(race.folder, precision)
             for peer in peers:
                 version = f"{peer.about['version']} {kind}"
-                found.append(row(what, "nats", [loss], [peer.ask("loss", windows=windows)], version, higher=False))
+                found.append(row(what, UNIT, [loss], [asked(peer, windows)], version, higher=False))
                 found.append(row(bits, "bits", [mine], [bits_of_gguf(race.gguf(kind))], version, higher=False))
             if not peers:
-                found += [row(what, "nats", [loss], higher=False), row(bits, "bits", [mine], higher=False)]
+                found += [row(what, UNIT, [loss], higher=False), row(bits, "bits", [mine], higher=False)]
     return found
 
 
