@@ -3,8 +3,8 @@
     python benchmarks/loss.py FOLDER [--llama PYTHON]
 
 FOLDER: of `make run`, whose held-out shard is read: the beginnings of documents, as one window each. Losses have one
-value: nothing is drawn. Bits per weight are those of the layers' matrices and the head; a row of a file of llama.cpp's
-has an embedding of its own beside them, as ours has.
+value: nothing is drawn. Bits per weight are those of the layers' matrices and the head; the embedding is
+counted on neither side.
 """
 
 import argparse

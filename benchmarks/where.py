@@ -2,8 +2,8 @@
 
     python benchmarks/where.py [PRESET] [--length 2048] [--n 5]
 
-Each launch of a kernel is timed by itself, where a step runs all of them in one go: so what is told of a token are
-shares of the sum, and beside it how long the step takes in one go.
+Each launch of a kernel is timed by itself, and told as a share of the whole. A step runs all of them in one go, which is
+faster: its shares may add up to more than the whole.
 """
 
 import argparse
@@ -99,7 +99,8 @@ def shares(what: str, runs: list[Counter[str]], wholes: list[float]) -> list[Row
 @torch.no_grad()
 def measured(folder: Path, precision: str, length: int, n: int) -> list[Row]:
     model = load(folder, precision=precision).model
-    model.row_multiple = 1 if model.takes_any_rows else model.row_multiple
+    if model.takes_any_rows:
+        model.row_multiple = 1
     call(model, model.empty_state(1), length)
     prompts = [call(model, model.empty_state(1), length) for _ in range(n)]
     found = shares(

@@ -89,8 +89,9 @@ class Blocks:
         """weight: float32 or bfloat16."""
         outs, ins = weight.shape
         inputs = 2 if weight.dtype == torch.bfloat16 else 1  # of a word
-        filled = F.pad(weight, (0, -ins % inputs, 0, -outs % OUTS))
-        blocks = filled.view(-1, OUTS, filled.shape[1] // inputs, inputs).transpose(1, 2)
+        spare = 0, -ins % inputs, 0, -outs % OUTS
+        filled = F.pad(weight, spare) if any(spare) else weight  # it copies, whatever there is to fill
+        blocks = filled.reshape(-1, OUTS, filled.shape[1] // inputs, inputs).transpose(1, 2)
         return Blocks((outs, ins), (blocks if inputs == 2 else blocks.squeeze(-1)).contiguous())
 
     def plain(self) -> Tensor:
