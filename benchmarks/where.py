@@ -2,8 +2,8 @@
 
     python benchmarks/where.py [PRESET] [--length 2048] [--n 5]
 
-Each launch of a kernel is timed by itself, and told as a share of the whole. A step runs all of them in one go, which is
-faster: its shares may add up to more than the whole.
+Each launch of a kernel is timed by itself, and told as a share of the whole. A step runs all of them in one go, which
+is faster: its shares may add up to more than the whole.
 """
 
 import argparse
