@@ -3,8 +3,8 @@
     python benchmarks/loss.py FOLDER [--llama PYTHON]
 
 FOLDER: of `make run`, whose held-out shard is read: the beginnings of documents, as one window each. Losses have one
-value: nothing is drawn. Bits per weight are those of the layers' matrices and the head; the embedding is
-counted on neither side.
+value: nothing is drawn. Ours are rounded as they are loaded, which looks at the weights alone. Bits per weight are
+those of the layers' matrices and the head; the embedding is counted on neither side.
 """
 
 import argparse
@@ -30,10 +30,13 @@ def beginnings(shard: Shard, most: int) -> list[list[int]]:
     return [shard[index][:WIDTH].tolist() for index, _ in zip(long, range(most), strict=False)]
 
 
-def bits_of_gguf(path: Path) -> float:
-    tensors = [one for one in gguf.GGUFReader(path).tensors if len(one.shape) == 2 and one.name != "token_embd.weight"]
-    matrices = [one for one in tensors if "ssm_conv1d" not in one.name and "ssm_a" not in one.name]
-    return 8 * sum(int(one.n_bytes) for one in matrices) / sum(int(one.n_elements) for one in matrices)
+def bits_of_gguf(path: Path, matrices: int) -> float:
+    """matrices: how many there are, all of which end as here."""
+    ends = ("ssm_in", "ssm_out", "ffn_up", "ffn_down", "attn_q", "attn_k", "attn_v", "attn_output")
+    names = {"output.weight"} | {f"{end}.weight" for end in ends}
+    found = [one for one in gguf.GGUFReader(path).tensors if one.name.split(".", 2)[-1] in names or one.name in names]
+    assert len(found) == matrices
+    return 8 * sum(int(one.n_bytes) for one in found) / sum(int(one.n_elements) for one in found)
 
 
 def bits_of_ours(folder: Path, precision: str) -> float:

@@ -2,79 +2,49 @@
 
     python benchmarks/race.py [--llama PYTHON] [--vllm PYTHON] [--transformers PYTHON] [--n 5] [--part PART]
 
-Each part is a file of results, written when it is measured; run again, parts that this commit has measured are left
-out. `peers.sh` makes the environments of the peers; one that is not given is not in the table. All are given the same
-weights, llama.cpp as bf16, Q8_0 and Q4_0, whose head and embedding are Q8_0. They are random: nothing here says what a
-format costs in accuracy.
+Each part is a file of results, written anew whenever one more of its rows is measured; run again with the same peers,
+rows that this code has measured are left out. `peers.sh` makes the environments of the peers. All are given the same
+weights, llama.cpp as bf16, Q8_0 and Q4_0, whose head and embedding are Q8_0. They are random: what a format costs in
+accuracy is measured of a trained model (`loss.py`), and said under each table.
 """
 
 import argparse
-import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from results import FOLDER, commit, write
+from results import commit, measured, sources, write
 
-from nemotron_h.evaluate.rows import Row, row
-from nemotron_h.evaluate.speed import MODULES, TYPES, Race, untrained
+from nemotron_h.evaluate.speed import MODULES, TYPES, Question, Race, decode, prefill, together, untrained
 
 NAMES = {"256m": "256 M", "4b": "4B", "8b": "8B"}
-START = Callable[[str], Race]
+FEW_BITS = ("int8", "int4")
 
 
-def named(preset: str, rows: Iterable[Row]) -> list[Row]:
-    return [replace(own, what=f"{NAMES[preset]}, {own.what}") for own in rows]
+@dataclass(frozen=True)
+class Part:
+    """What is asked of a preset."""
+
+    preset: str
+    questions: Sequence[Question]
+
+    def named(self, what: str) -> str:
+        return f"{NAMES[self.preset]}, {what}"
 
 
-def prefill(start: START, preset: str, length: int, precisions: Sequence[str] = ("bfloat16",)) -> list[Row]:
-    race, found = start(preset), []
-    for precision in precisions:
-        with race.contestants(precision) as some:
-            mine = race.prefill(some, length)
-        found += mine
-        if precision == "bfloat16":
-            share = mine[0].ours / race.prefill_roof(precision, length)
-            found.append(row(f"{mine[0].what}, share of the rate of products", "of 1", [share], higher=True))
-    return named(preset, found)
-
-
-def decode(start: START, preset: str, after: int, precisions: Sequence[str] = tuple(TYPES)) -> list[Row]:
-    race, found = start(preset), []
-    for precision in precisions:
-        with race.contestants(precision) as some:
-            mine = race.decode(some, after)
-        share = mine[0].ours / race.decode_roof(precision, after)
-        found += [*mine, row(f"{mine[0].what}, share of the memory's rate", "of 1", [share], higher=True)]
-    return named(preset, found)
-
-
-def together(start: START) -> list[Row]:
-    race, found = start("256m"), []
-    for precision in TYPES:
-        with race.contestants(precision) as some:
-            found += race.together(some, count=16, length=512, new=128)
-    return named("256m", found)
-
-
-PARTS: dict[str, Callable[[START], list[Row]]] = {
-    "256m-prefill-512": lambda start: prefill(start, "256m", 512),
-    "256m-prefill-2048": lambda start: prefill(start, "256m", 2048, tuple(TYPES)),
-    "256m-prefill-8192": lambda start: prefill(start, "256m", 8192),
-    "256m-prefill-32768": lambda start: prefill(start, "256m", 32_768),
-    "256m-decode": lambda start: decode(start, "256m", 512),
-    "256m-long": lambda start: decode(start, "256m", 32_768),
-    "256m-together": together,
-    "4b-prefill": lambda start: prefill(start, "4b", 512, tuple(TYPES)),
-    "4b-decode": lambda start: decode(start, "4b", 128),
-    "8b-prefill": lambda start: prefill(start, "8b", 512, ("int8", "int4")),
-    "8b-decode": lambda start: decode(start, "8b", 128, ("int8", "int4")),
+PARTS = {
+    "256m-prefill-512": Part("256m", [prefill("bfloat16", 512)]),
+    "256m-prefill-2048": Part("256m", [prefill(precision, 2048) for precision in TYPES]),
+    "256m-prefill-8192": Part("256m", [prefill("bfloat16", 8192)]),
+    "256m-prefill-32768": Part("256m", [prefill("bfloat16", 32_768)]),
+    "256m-decode": Part("256m", [decode(precision, 512) for precision in TYPES]),
+    "256m-long": Part("256m", [decode("int4", 32_768)]),
+    "256m-together": Part("256m", [together(precision, 16, 512, 128) for precision in TYPES]),
+    "4b-prefill": Part("4b", [prefill(precision, 512) for precision in TYPES]),
+    "4b-decode": Part("4b", [decode(precision, 128) for precision in TYPES]),
+    "8b-prefill": Part("8b", [prefill(precision, 512) for precision in FEW_BITS]),
+    "8b-decode": Part("8b", [decode(precision, 128) for precision in FEW_BITS]),
 }
-
-
-def measured(name: str, at: str) -> bool:
-    path = FOLDER / f"race-{name}.json"
-    return path.exists() and json.loads(path.read_text())["commit"] == at
 
 
 if __name__ == "__main__":
@@ -87,10 +57,18 @@ if __name__ == "__main__":
     given, checked_out = parser.parse_args(), commit()
     given.cache.mkdir(parents=True, exist_ok=True)
     peers = {name: python for name in MODULES if (python := getattr(given, name)) is not None}
-
-    def start(preset: str) -> Race:
-        return Race(untrained(preset, given.cache), given.cache, peers, given.n)
+    # what a row depends on, besides the machine
+    basis = {"sources": sources(), "n": given.n, "peers": sorted(peers)}
 
     for name, part in PARTS.items():
-        if (given.part is None or name in given.part) and not measured(name, checked_out):
-            write(f"race-{name}", part(start), checked_out)
+        if given.part is not None and name not in given.part:
+            continue
+        rows, absent = measured(f"race-{name}", basis)
+        known = {row.what for row in rows}
+        left = [question for question in part.questions if part.named(question.what) not in known]
+        if not left:
+            continue
+        race = Race(untrained(part.preset, given.cache), given.cache, peers, given.n)
+        for _, found in race.run(left):
+            rows += [replace(row, what=part.named(row.what)) for row in found]
+            write(f"race-{name}", rows, checked_out, basis=basis, absent=absent | race.absent)

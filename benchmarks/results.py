@@ -3,11 +3,12 @@
     results/NAME.json     the rows of one benchmark, with the command, the commit and the machine that gave them
     <!-- results NAME --> ... <!-- end -->     in a page: a table made from it
 
-`python benchmarks/results.py` makes every table anew. A row is {what, unit, ours, peer, peer_version, ratio, n,
-spread}: medians of n runs that took turns with the peer's, ratio above 1 where ours is better, spread the widest
-(largest - smallest) / median of the two. A row without a peer has none of its fields.
+`python benchmarks/results.py` makes every table anew. A row is what `nemotron_h.evaluate.rows.Row` has: medians of n
+runs that took turns with the peer's. A file may also say on what it is based, so that a rerun goes on with it, and who
+could not be asked what.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -15,7 +16,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +26,7 @@ from nemotron_h.evaluate.rows import Row
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
+RACE = "benchmarks/race.py"
 VARIABLES = ("OMP_", "ATEN_", "ONEDNN_")  # of the environment, that change how fast or in which order torch computes
 BLOCK = re.compile(r"(<!-- results (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -40,7 +42,31 @@ def commit() -> str:
     return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 
-def write(name: str, rows: Sequence[Row], commit: str) -> Path:
+def sources() -> str | None:
+    """What is measured, as a digest that other files' commits leave as it is; None where it is not all checked in."""
+    if commit().endswith("-dirty"):
+        return None
+    listed = subprocess.run(["git", "ls-tree", "-r", "HEAD", "src", RACE], cwd=ROOT, capture_output=True, check=True)
+    return hashlib.sha256(listed.stdout).hexdigest()[:16]
+
+
+def measured(name: str, basis: Mapping[str, Any]) -> tuple[list[Row], dict[str, str]]:
+    """Rows of results/NAME.json and who was absent, where they were measured on the same basis; else none."""
+    path = FOLDER / f"{name}.json"
+    content = json.loads(path.read_text()) if path.exists() else {}
+    if basis["sources"] is None or content.get("basis") != basis:
+        return [], {}
+    return [Row(**entry) for entry in content["rows"]], content["absent"]
+
+
+def write(
+    name: str,
+    rows: Sequence[Row],
+    commit: str,
+    *,
+    basis: Mapping[str, Any] | None = None,
+    absent: Mapping[str, str] | None = None,
+) -> Path:
     """Write results/NAME.json, and show it. commit: of what was measured."""
     import torch  # noqa: PLC0415 - making tables needs none
 
@@ -58,6 +84,8 @@ def write(name: str, rows: Sequence[Row], commit: str) -> Path:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "environment": {key: value for key, value in os.environ.items() if key.startswith(VARIABLES)},
+        "basis": basis,
+        "absent": absent or {},
         "rows": [asdict(entry) for entry in rows],
     }
     path = FOLDER / f"{name}.json"
@@ -72,17 +100,30 @@ def portable(argument: str) -> str:
 
 
 def table(content: dict[str, Any]) -> str:
-    """A results file as Markdown."""
+    """A results file as Markdown: a line for each measurement. Its peers stand in a column, or, where the file has
+    several, the best of them in one and the others in another. Under it, what gave it, and who is not in it."""
     rows = content["rows"]
-    peers = sorted({entry["peer_version"] for entry in rows if entry["peer_version"]})
-    lines = ["| | ours |" + "".join(f" {peer} | ratio |" for peer in peers) + " spread |"]
-    lines.append("|---|---:|" + "---:|---:|" * len(peers) + "---:|")
+    grouped: dict[str, list[dict[str, Any]]] = {}
     for entry in rows:
-        cells = [f"{entry['what']}, {entry['unit']}", number(entry["ours"])]
-        for peer in peers:
-            cells += [number(entry["peer"]), number(entry["ratio"])] if entry["peer_version"] == peer else ["", ""]
-        spread = f"{100 * entry['spread']:.0f} %" if entry["n"] > 1 else "one run"
-        lines.append("| " + " | ".join([*cells, spread]) + " |")
+        grouped.setdefault(f"{entry['what']}, {entry['unit']}", []).append(entry)
+    peers = {entry["peer_version"] for entry in rows if entry["peer_version"]}
+    beside, named = max(map(len, grouped.values())) > 1, len(peers) > 1
+    columns: dict[str, Callable[[list[dict[str, Any]]], str]] = {"ours": lambda found: number(found[0]["ours"])}
+    if any(entry["roof"] for entry in rows):
+        columns["of the roof"] = lambda found: share(found[0])
+    if peers:
+        title = ("best peer" if beside else "peer") if named else next(iter(peers))
+        columns[title] = lambda found: of_peer(found[0], named=named)
+        columns["ratio"] = lambda found: number(found[0]["ratio"]) if found[0]["ratio"] is not None else ""
+    if beside:
+        columns["others: ratio"] = lambda found: "; ".join(
+            f"{one['peer_version']}: {number(one['ratio'])}" for one in found[1:]
+        )
+    columns["spread"] = spread
+    lines = [f"| {' | '.join(['', *columns])} |", "|---" + "|---:" * len(columns) + "|"]
+    for what, entries in grouped.items():
+        best_first = sorted(entries, key=lambda entry: entry["ratio"] or 0)
+        lines.append(f"| {' | '.join([what, *(cell(best_first) for cell in columns.values())])} |")
     features = ", ".join(content["cpu_features"])
     lines += [
         "",
@@ -90,7 +131,44 @@ def table(content: dict[str, Any]) -> str:
         f"{content['date']}, commit {content['commit']}, {content['cpu']} ({features}), {content['threads']} threads, "
         f"torch {content['torch']}.",
     ]
+    reasons: dict[str, list[str]] = {}
+    for who, reason in content["absent"].items():
+        reasons.setdefault(reason, []).append(who)
+    if reasons:
+        lines.append("Not in it: " + ". ".join(f"{'; '.join(who)}: {reason}" for reason, who in reasons.items()) + ".")
+    if content["command"].startswith(f"python {RACE}"):
+        lines.append(cost_of_formats(rows))
     return "\n".join(lines) + "\n"
+
+
+def cost_of_formats(rows: Sequence[dict[str, Any]]) -> str:
+    """What the formats of a race cost in accuracy and in bits, of a trained model (`loss.py`)."""
+    losses: dict[tuple[str, str], dict[str, Any]] = {}
+    for entry in json.loads((FOLDER / "loss.json").read_text())["rows"]:
+        precision, _, what = entry["what"].partition(", ")
+        losses[precision, what.partition(" ")[0]] = entry
+    plain, found = losses["bfloat16", "loss"], []
+    for precision in sorted({entry["what"].split(", ")[1] for entry in rows}, reverse=True):
+        loss, bits = losses[precision, "loss"], losses[precision, "bits"]
+        for name, side in (("ours", "ours"), (loss["peer_version"].rpartition(" ")[2], "peer")):
+            change = 100 * (loss[side] / plain[side] - 1)
+            found.append(f"{precision} {name} {number(bits[side])} bits, {change:+.2f} %")
+    return f"Bits a weight, and change of loss of a trained model (results/loss.json): {'; '.join(found)}."
+
+
+def share(entry: dict[str, Any]) -> str:
+    """Of what the machine would allow."""
+    return f"{100 * entry['ours'] / entry['roof']:.0f} %" if entry["roof"] else ""
+
+
+def of_peer(entry: dict[str, Any], *, named: bool) -> str:
+    if entry["peer"] is None:
+        return ""
+    return (f"{entry['peer_version']}: " if named else "") + number(entry["peer"])
+
+
+def spread(entries: Sequence[dict[str, Any]]) -> str:
+    return f"{100 * max(entry['spread'] for entry in entries):.0f} %" if entries[0]["n"] > 1 else "one run"
 
 
 def described(rows: Sequence[dict[str, Any]]) -> str:

@@ -58,7 +58,7 @@ def test_a_results_file_says_what_gave_it(file: str) -> None:
         assert content[key], key
     assert re.fullmatch("[0-9a-f]{7,40}", content["commit"]), "measure what is checked in"
     for own in content["rows"]:
-        assert set(own) == {"what", "unit", "ours", "peer", "peer_version", "ratio", "n", "spread"}
+        assert set(own) == {"what", "unit", "ours", "peer", "peer_version", "ratio", "n", "spread", "roof"}
         assert (own["peer"] is None) == (own["peer_version"] is None) == (own["ratio"] is None)
         if own["ratio"] is not None:
             quotient = own["ours"] / own["peer"]
@@ -84,6 +84,22 @@ def test_one_run_is_said_to_be_one() -> None:
     assert "One run each; " in results.table(content | {"rows": [vars(one)]})
     against = row("c", "MiB", [100, 110], [90, 95], "peer 1", higher=False)
     assert "Medians of 2 runs that took turns; " in results.table(content | {"rows": [vars(one), vars(against)]})
+
+
+def test_the_best_peer_stands_beside_ours_and_the_others_behind_it() -> None:
+    content = json.loads((ROOT / "benchmarks" / "results" / FILES[0]).read_text())
+    slow = row("a", "tokens/s", [100, 110], [10, 10], "slow 1", higher=True)
+    fast = row("a", "tokens/s", [100, 110], [50, 80], "fast 2", higher=True)
+    alone = row("b", "of 1", [0.5], higher=True)
+    lines = results.table(content | {"rows": [vars(slow), vars(fast), vars(alone)]}).splitlines()
+    assert lines[0] == "|  | ours | best peer | ratio | others: ratio | spread |"
+    assert lines[2] == "| a, tokens/s | 105 | fast 2: 65 | 1.62 | slow 1: 10.5 | 46 % |"
+    assert lines[3] == "| b, of 1 | 0.5 |  |  |  | one run |"
+    one = results.table(content | {"rows": [vars(slow), vars(alone)]}).splitlines()
+    assert one[0] == "|  | ours | slow 1 | ratio | spread |"
+    each = results.table(content | {"rows": [vars(slow), vars(fast) | {"what": "c"}]}).splitlines()
+    assert each[0] == "|  | ours | peer | ratio | spread |"
+    assert each[2] == "| a, tokens/s | 105 | slow 1: 10 | 10.5 | 10 % |"
 
 
 def test_the_commit_is_what_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

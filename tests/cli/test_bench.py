@@ -25,6 +25,8 @@ def test_bars_a_picture_and_a_peer_that_cannot_begin(
     assert lines[0].startswith(f"{checkpoint}, tokens/s on ")
     assert any(line.startswith("int8, prompt of 8 tokens, tokens/s") for line in lines)
     assert sum(line.startswith("  nemotron-h ") and "█" in line for line in lines) == 2
+    assert "not in it: vllm: no Python that has it was named" in lines
+    assert any(line.startswith("not in it: llama, int8: ") and "llama_cpp" in line for line in lines)
     assert lines[-1] == str(picture)
     assert picture.read_bytes().startswith(b"<?xml")
 
@@ -43,8 +45,10 @@ def test_ours_beside_transformers(command: Command, checkpoint: Path) -> None:
             assert row["ratio"] == pytest.approx(row["ours"] / row["peer"])
         else:
             assert row["peer"] is None
-    assert [row["roof"] is not None for row in found["rows"]] == [True, True, False, False, True, False]
-    assert (found["model"], found["absent"]) == (str(checkpoint), {})
+    assert all(row["roof"] > 0 and row["of_roof"] == row["ours"] / row["roof"] for row in found["rows"])
+    none = "no Python that has it was named"
+    absent = {"llama": none, "vllm": none, "transformers, int8": "has nothing like it"}
+    assert (found["model"], found["absent"]) == (str(checkpoint), absent)
     assert found["cores"] >= 1
 
 

@@ -22,6 +22,7 @@ from nemotron_h.inference.load import load, needed_bytes, read
 from nemotron_h.inference.quantize import WINDOW, quantize, windows
 from nemotron_h.report.units import format_bytes
 from tests.checkpoint.stub_hub import Model, connected
+from tests.checkpoint.test_quantised import fp8, matrices, nvfp4, quantise
 
 Command = Callable[..., Any]
 
@@ -168,6 +169,30 @@ def test_every_verb_takes_the_folder(command: Command, checkpoint: Path, small: 
     assert json.loads(command("show", small, "--json").out)["format"] == "int4"
     assert json.loads(command("show", checkpoint, "--json").out)["format"] == "bfloat16"
     assert json.loads(command("show", "8b", "--json").out)["format"] is None
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize(("form", "algorithm"), [(fp8, "FP8"), (nvfp4, "NVFP4")])
+@pytest.mark.filterwarnings("ignore:.*input_scale are passed over")
+def test_what_nvidia_publishes_in_few_bits_goes_through_the_same_door(
+    command: Command, checkpoint: Path, tmp_path: Path, form: Any, algorithm: str, precision: str
+) -> None:
+    """Loaded or put into a folder, it is what the weights that it stands for become."""
+    few, plain = tmp_path / "few", tmp_path / "plain"
+    tokenizer = read(checkpoint, dtype=torch.float32).tokenizer
+    save(load_model(checkpoint, dtype=torch.float32), few, dtype=torch.float32, tokenizer=tokenizer)
+    assert len(quantise(few, dict.fromkeys(matrices(few), form), algorithm)) == 10
+    save(load_model(few, dtype=torch.bfloat16), plain, tokenizer=tokenizer)
+    for folder in (few, plain):
+        made = command("quantize", folder, "--to", precision, "--out", f"{folder}-small")
+        assert made.code == 0, made.err
+    assert (tmp_path / "few-small" / WEIGHTS_FILE).read_bytes() == (
+        tmp_path / "plain-small" / WEIGHTS_FILE
+    ).read_bytes()
+    asked = ["def", "--max-tokens", 8, "--ignore-end", "--precision", precision]
+    answers = {command("generate", tmp_path / name, *asked).out for name in ("few", "plain", "few-small")}
+    assert len(answers) == 1
+    assert answers != {command("generate", checkpoint, *asked).out}
 
 
 @pytest.mark.parametrize("to", ["published", "transformers", "gguf"])

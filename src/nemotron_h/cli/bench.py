@@ -1,7 +1,7 @@
 """`nemotron-h bench`: how fast a model reads and writes on this machine, in each precision, beside its peers."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +12,7 @@ from nemotron_h.errors import RequestError
 
 if TYPE_CHECKING:
     from nemotron_h.evaluate.rows import Row
-    from nemotron_h.evaluate.speed import Race
+    from nemotron_h.evaluate.speed import Question, Race
     from nemotron_h.report.bars import Group
 
 SHORT = 512
@@ -52,20 +52,16 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     plot: Annotated[str | None, typer.Option(metavar="FILE", help="A picture too: .png, .svg, .pdf.")] = None,
 ) -> None:
-    """Measure a model's speed here, beside what else is installed.
+    """Measure a model's speed here, beside what else is installed. Each figure is told once it is measured.
 
     Peers are llama-cpp-python (given the same weights as GGUF, of as many bits), vLLM and transformers: those in this
     environment, or in the one whose Python is named. All take turns in one run.
     """
     prompts, contexts = prompt or [SHORT], context or [SHORT]
-    asked = {"prompt": prompts, "context": contexts, "runs": [runs], "at_once": [1 if at_once is None else at_once]}
-    for name, counts in asked.items():
-        if min(counts) < 1:
-            raise RequestError(f"{name}: must be 1 or above; got {min(counts)}")
-    if at_once is not None and at_once > MOST_AT_ONCE:
-        raise RequestError(f"at_once: must be {MOST_AT_ONCE} or below, which all contestants compute; got {at_once}")
+    check_counts(prompts, contexts, runs, at_once)
     # after the checks: they import torch
     from rich.console import Console
+    from rich.text import Text
 
     from nemotron_h import machine
     from nemotron_h.cli.process import settle
@@ -89,27 +85,39 @@ def bench(
             watch.say(f"{path}: random weights, in {kept / path}")
             kept.mkdir(parents=True, exist_ok=True)
         race = Race(untrained(path, kept) if path in PRESETS else Path(folder_of(path)), kept, peers, runs)
-        precisions = chosen(race.folder, precision)
-        found: list[tuple[Row, float | None]] = []
-        steps = len(precisions) * (len(prompts) + len(contexts) + (at_once is not None))
-        for own, roof in figures(race, precisions, prompts, contexts, at_once):
-            found += [(row, roof) for row in own]
-            watch.fraction(len({row.what for row, _ in found}) / steps, own[0].what)
-    groups, title = grouped(found), f"{path}, tokens/s on {machine.cpu_name()}, {machine.cores()} cores"
+        questions = asked_for(chosen(race.folder, precision), prompts, contexts, at_once)
+        title = f"{path}, tokens/s on {machine.cpu_name()}, {machine.cores()} cores"
+        rows: list[Row] = []
+        groups: list[Group] = []
+        # a terminal that shows the bar has one writer
+        console = watch.console if Console().is_terminal and watch.console.is_terminal else Console()
+        if not as_json:
+            console.print(f"{title}; medians of {runs}", highlight=False, markup=False)
+        for done, (question, found) in enumerate(race.run(questions), 1):
+            rows += found
+            groups.append(group(found))
+            if not as_json:  # what was measured is told at once: the rest may take hours
+                console.print(Text("\n") + bars(groups[-1:], width=min(console.width, 100)), highlight=False)
+            watch.fraction(done / len(questions), question.what)
     if as_json:
-        print(json.dumps(as_mapping(path, found, race)))
-    else:
-        console = Console()
-        console.print(f"{title}; medians of {runs}\n", highlight=False, markup=False)
-        console.print(bars(groups, width=min(console.width, 100)), highlight=False)
-        missing = [] if alone else [name for name in named if name not in peers]
-        if missing:
-            hint = f"--{missing[0]} PYTHON names one that is elsewhere"
-            console.print(f"\nnot here: {', '.join(missing)}; {hint}", style="dim")
+        print(json.dumps(as_mapping(path, rows, race)))
+    elif not alone:
+        for who, reason in race.absent.items():
+            print(f"not in it: {who}: {reason}")
     if plot is not None:  # after what was measured has been told
         save_bars(groups, Path(plot), title=title)
         if not as_json:
             print(plot)
+
+
+def check_counts(prompts: Sequence[int], contexts: Sequence[int], runs: int, at_once: int | None) -> None:
+    """Refuse what cannot be asked."""
+    asked = {"prompt": prompts, "context": contexts, "runs": [runs], "at_once": [1 if at_once is None else at_once]}
+    for name, counts in asked.items():
+        if min(counts) < 1:
+            raise RequestError(f"{name}: must be 1 or above; got {min(counts)}")
+    if at_once is not None and at_once > MOST_AT_ONCE:
+        raise RequestError(f"at_once: must be {MOST_AT_ONCE} or below, which all contestants compute; got {at_once}")
 
 
 def chosen(folder: Path, asked: list[str] | None) -> list[str]:
@@ -126,41 +134,41 @@ def chosen(folder: Path, asked: list[str] | None) -> list[str]:
     return found
 
 
-def figures(
-    race: "Race", precisions: Iterable[str], prompts: Iterable[int], contexts: Iterable[int], at_once: int | None
-) -> "Iterator[tuple[list[Row], float | None]]":
-    """What is measured, against each peer, and the roof of it, where it has one."""
-    for precision in precisions:
-        with race.contestants(precision) as some:
-            for length in prompts:
-                roof = race.prefill_roof(precision, length) if precision in ("bfloat16", "float32") else None
-                yield race.prefill(some, length), roof
-            for after in contexts:
-                yield race.decode(some, after), race.decode_roof(precision, after)
-            if at_once is not None:
-                yield race.together(some, at_once, SHORT, 128), None
+def asked_for(
+    precisions: Sequence[str], prompts: Sequence[int], contexts: Sequence[int], at_once: int | None
+) -> "list[Question]":
+    """What is measured, precision by precision."""
+    from nemotron_h.evaluate.speed import decode, prefill, together
+
+    return [
+        question
+        for precision in precisions
+        for question in (
+            *(prefill(precision, length) for length in prompts),
+            *(decode(precision, after) for after in contexts),
+            *([together(precision, at_once, SHORT, 128)] if at_once is not None else []),
+        )
+    ]
 
 
-def grouped(found: "Iterable[tuple[Row, float | None]]") -> "list[Group]":
-    """For drawing: what is measured, with a bar for each contestant."""
+def group(found: "Sequence[Row]") -> "Group":
+    """For drawing: a bar for each contestant, and how much faster ours is than the best of the others."""
     from nemotron_h.report.bars import Group
 
-    groups: dict[str, Group] = {}
-    for row, roof in found:
-        group = groups.setdefault(row.what, Group(f"{row.what}, {row.unit}", {HERE: row.ours}, roof))
-        if row.peer is not None:
-            assert row.peer_version is not None
-            group.values[row.peer_version] = row.peer
-    return list(groups.values())
+    peers = {row.peer_version: row.peer for row in found if row.peer is not None and row.peer_version is not None}
+    best = min((row.ratio for row in found if row.ratio is not None), default=None)
+    beside = f"; {best:.2f} of the best peer" if best is not None else ""
+    spread = max(row.spread for row in found)
+    title = f"{found[0].what}, {found[0].unit}{beside}; spread {spread:.0%}"
+    return Group(title, {HERE: found[0].ours, **peers}, found[0].roof)
 
 
-def as_mapping(path: str, found: "Iterable[tuple[Row, float | None]]", race: "Race") -> dict[str, Any]:
+def as_mapping(path: str, rows: "Sequence[Row]", race: "Race") -> dict[str, Any]:
     """For JSON."""
     import torch
 
     from nemotron_h import __version__, machine
 
-    rows = [asdict(row) | {"roof": roof, "of_roof": row.ours / roof if roof else None} for row, roof in found]
     return {
         "model": path,
         "version": __version__,
@@ -168,6 +176,6 @@ def as_mapping(path: str, found: "Iterable[tuple[Row, float | None]]", race: "Ra
         "cpu_features": list(machine.cpu_features()),
         "cores": machine.cores(),
         "torch": torch.__version__,
-        "rows": rows,
+        "rows": [asdict(row) | {"of_roof": row.ours / row.roof if row.roof else None} for row in rows],
         "absent": race.absent,
     }

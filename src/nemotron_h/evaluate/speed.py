@@ -1,12 +1,14 @@
 """How fast a model reads and writes here, in each precision, beside other programs that have it.
 
     race = Race(folder, cache, peers)
-    with race.contestants("int8") as some:
-        rows = race.prefill(some, length=512)
+    for question, rows in race.run([prefill("int8", length=512), decode("int8", after=512)]):
+        ...
+    race.absent     who could not be asked what, and why
 
 Whoever is compared takes turns with the others in one run (`contestants/contest.py`), so that they share the machine's
-moods. Beside each figure stands its share of the roof: products over the rate of products, or bytes over the rate of
-memory, both measured in the same run. Peers get the same weights; llama.cpp gets them as a GGUF file, written once.
+moods. The machine takes its turn too: beside each figure stands the roof, which is what it would allow at the best
+rates of memory and of products that it showed meanwhile. Peers get the same weights; llama.cpp gets them as a GGUF
+file, written once.
 """
 
 import hashlib
@@ -14,8 +16,10 @@ import importlib.util
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -25,6 +29,7 @@ from nemotron_h.checkpoint.save import save
 from nemotron_h.config import cost
 from nemotron_h.config.gguf import GgufType
 from nemotron_h.config.keys import CONFIG_FILE
+from nemotron_h.config.model import MlpConfig, ModelConfig
 from nemotron_h.config.presets import PRESETS
 from nemotron_h.config.published import read_config
 from nemotron_h.convert.gguf import write_gguf
@@ -34,6 +39,7 @@ from nemotron_h.evaluate.rows import Row, row
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.model.init import initialise
 from nemotron_h.ops.jit.linear import PRODUCTS
+from nemotron_h.ops.jit.quads import ADDS_QUADS
 from nemotron_h.precision.weights import BITS
 
 LOG = logging.getLogger(__name__)
@@ -42,6 +48,33 @@ MODULES = {"llama": "llama_cpp", "vllm": "vllm", "transformers": "transformers"}
 # of a number of bits: our precision, and llama.cpp's type
 TYPES = {"bfloat16": "bf16", "int8": "q8_0", "int4": "q4_0"}
 DECODED = 64  # tokens of a run
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is measured of whom: `prefill`, `decode` or `serving` (`contestants/`), with its details."""
+
+    kind: str
+    precision: str
+    what: str
+    details: Mapping[str, int] = field(hash=False)
+
+
+def prefill(precision: str, length: int) -> Question:
+    """Reading a prompt of that length, up to its first new token."""
+    return Question("prefill", precision, f"{precision}, prompt of {length:,} tokens", {"length": length})
+
+
+def decode(precision: str, after: int) -> Question:
+    """Writing token by token after a context of that length."""
+    what = f"{precision}, decoding after {after:,} tokens"
+    return Question("decode", precision, what, {"length": DECODED, "after": after})
+
+
+def together(precision: str, count: int, length: int, new: int) -> Question:
+    """So many requests at once, their prompts counted in the time; tokens that come out."""
+    what = f"{precision}, {count} requests of {length:,} tokens in, {new:,} out, at once"
+    return Question("serving", precision, what, {"count": count, "length": length, "new": new})
 
 
 def untrained(preset: str, parent: Path) -> Path:
@@ -78,14 +111,21 @@ def check_has(python: str, module: str) -> None:
 
 
 class Race:
-    """A checkpoint, how its contestants are started, and who could not be."""
+    """A checkpoint, how its contestants are started, and who could not be asked."""
 
     def __init__(self, folder: Path, cache: Path, peers: Mapping[str, str], n: int = 5) -> None:
         """cache: where the GGUF files are, and stay. peers: the Python of each of MODULES that takes part."""
         self.folder, self.cache, self.peers, self.n = folder, cache, peers, n
-        self.threads = str(torch.get_num_threads())
         self.config = read_config(folder / CONFIG_FILE)
-        self.absent: dict[str, str] = {}  # contestants that could not be started, and why
+        # by name, and by what was asked: why not
+        self.absent = {peer: "no Python that has it was named" for peer in MODULES if peer not in peers}
+
+    def run(self, questions: Iterable[Question]) -> Iterator[tuple[Question, list[Row]]]:
+        """Each with its rows, once it is measured; those of one precision are asked of the same processes."""
+        for precision, some in groupby(questions, lambda question: question.precision):
+            with self.contestants(precision) as contestants:
+                for question in some:
+                    yield question, self.answers(question, contestants)
 
     def gguf(self, kind: str) -> Path:
         """The same weights in a type of llama.cpp's."""
@@ -103,13 +143,18 @@ class Race:
         CPU without products of bfloat16 the others take part in float32 too, which is faster there."""
         with ExitStack() as stack:
             try:
-                ours = Contestant(SCRIPTS / "run_ours.py", [str(self.folder), precision, self.threads])
+                ours = self._started("ours", precision)
             except Failed as error:
-                raise RequestError(f"{precision}: {error.words}") from None
+                raise RequestError(
+                    f"{precision}: must be measured here first; got {error.words}; leave this precision out"
+                ) from None
             stack.callback(ours.close)
             found = {precision: ours}
             for peer in peers:
-                if peer not in self.peers or (precision not in TYPES if peer == "llama" else precision in BITS):
+                if peer not in self.peers:
+                    continue
+                if precision not in TYPES if peer == "llama" else precision in BITS:
+                    self.absent[f"{peer}, {precision}"] = "has nothing like it"
                     continue
                 widened = precision == "bfloat16" and peer != "llama" and not PRODUCTS
                 for name, own in ((peer, precision), *([(f"{peer} float32", "float32")] if widened else [])):
@@ -121,67 +166,112 @@ class Race:
                         stack.callback(found[name].close)
             yield found
 
-    def _leave_out(self, peer: str, precision: str, error: Exception) -> None:
-        self.absent[f"{peer}, {precision}"] = str(error)
-        LOG.warning("%s does not take part in %s: %s", peer, precision, error)
+    def _leave_out(self, peer: str, what: str, error: Exception) -> None:
+        self.absent[f"{peer}, {what}"] = str(error)
+        LOG.warning("%s does not take part in %s: %s", peer, what, error)
 
-    def _started(self, peer: str, precision: str) -> Contestant:
+    def _started(self, who: str, precision: str) -> Contestant:
+        threads = str(torch.get_num_threads())
         given = [str(self.folder), precision]
-        if peer == "llama":
-            check_has(self.peers[peer], MODULES[peer])  # before a file is written for it
-            given = [str(self.gguf(TYPES[precision])), self.threads]
-        return Contestant(SCRIPTS / f"run_{peer}.py", given, self.peers[peer])
+        python = self.peers.get(who, sys.executable)
+        if who in self.peers:
+            check_has(python, MODULES[who])  # before a file is written for it
+            self._check_memory(precision)
+        if who == "llama":
+            given = [str(self.gguf(TYPES[precision])), threads]
+        return Contestant(SCRIPTS / f"run_{who}.py", given, python, {"OMP_NUM_THREADS": threads})
 
-    def rows(self, what: str, contestants: Mapping[str, Contestant], question: str, **details: int) -> list[Row]:
+    def _check_memory(self, precision: str) -> None:
+        """All of them hold the weights at the same time. Raises: CapacityError where those of one more do not fit."""
+        needed, memory = sum(cost.weight_bytes(self.config, precision).values()), machine.memory()
+        if needed > memory.available_bytes:
+            raise CapacityError(f"its weights need {needed:,} bytes of memory; {memory.available_bytes:,} are free")
+
+    def answers(self, question: Question, contestants: Mapping[str, Contestant]) -> list[Row]:
         """Ours, the first of the contestants, against each of the others that can be asked this, in turns. Who ends
         meanwhile is left out from then on."""
-        precision = next(iter(contestants))
-        able = {name: one for name, one in contestants.items() if question in one.about["answers"] and not one.ended}
+        able: dict[str, Contestant] = {}
+        for name, one in contestants.items():
+            if question.kind not in one.about["answers"]:
+                self.absent[f"{name}, {question.what}"] = "cannot be asked this"
+            elif not one.ended:
+                able[name] = one
         while True:
             try:
-                runs = turns(list(able.values()), question, self.n, **details)
+                *runs, roofs = turns(
+                    [*able.values(), Roof(self.config, question)], question.kind, self.n, **question.details
+                )
                 break
             except Failed as error:
                 gone = next(name for name, one in able.items() if one.ended)
-                if gone == precision:
-                    raise RequestError(f"{what}: {error.words}") from None
-                self._leave_out(gone, precision, error)
+                if gone == question.precision:
+                    raise RequestError(f"{question.what}: must be measured here first; got {error.words}") from None
+                self._leave_out(gone, question.what, error)
                 del able[gone]
-        names = list(able)[1:]
+        roof = max(roofs)
         found = []
-        for name, own in zip(names, runs[1:], strict=True):
-            version = contestants[name].about["version"] + (f" {TYPES[precision]}" if name == "llama" else "")
+        for name, own in zip(list(able)[1:], runs[1:], strict=True):
+            version = contestants[name].about["version"] + (f" {TYPES[question.precision]}" if name == "llama" else "")
             version += " float32" if name.endswith("float32") else ""
-            found.append(row(what, "tokens/s", runs[0], own, version, higher=True))
-        return found or [row(what, "tokens/s", runs[0], higher=True)]
+            found.append(row(question.what, "tokens/s", runs[0], own, version, higher=True, roof=roof))
+        return found or [row(question.what, "tokens/s", runs[0], higher=True, roof=roof)]
 
-    def prefill(self, contestants: Mapping[str, Contestant], length: int) -> list[Row]:
-        """Reading a prompt of that length."""
-        what = f"{next(iter(contestants))}, prompt of {length:,} tokens"
-        return self.rows(what, contestants, "prefill", length=length)
 
-    def decode(self, contestants: Mapping[str, Contestant], after: int) -> list[Row]:
-        """Writing token by token after a context of that length."""
-        what = f"{next(iter(contestants))}, decoding after {after:,} tokens"
-        return self.rows(what, contestants, "decode", length=DECODED, after=after)
+class Roof:
+    """The machine, which takes its turn as a contestant does. It answers a question by the tokens per second that its
+    rates of the moment would allow.
 
-    def together(self, contestants: Mapping[str, Contestant], count: int, length: int, new: int) -> list[Row]:
-        """So many requests at once, their prompts counted in the time; tokens that come out."""
-        what = f"{next(iter(contestants))}, {count} requests of {length:,} tokens in, {new:,} out, at once"
-        return self.rows(what, contestants, "serving", count=count, length=length, new=new)
+    A prompt is bound by products: bfloat16's or float32's, to which the former may be widened; of 8-bit integers four
+    times those of float32 where one instruction takes four at a time (VNNI), else twice them. A token is bound by what
+    it reads: weights, state, keys and values. Requests at once are bound by one after the other.
+    """
 
-    def prefill_roof(self, precision: str, length: int) -> float:
-        """Tokens per second at the rate of products of bfloat16 or float32. The former may be widened to the latter,
-        which is faster where the machine has no products of it."""
+    def __init__(self, config: ModelConfig, question: Question) -> None:
+        self.config, self.precision = config, question.precision
+
+    def ask(self, question: str, **details: int) -> float:
+        answers: dict[str, Callable[..., float]] = {
+            "prefill": self.prefill,
+            "decode": self.decode,
+            "serving": self.serving,
+        }
+        return answers[question](**details)
+
+    def prefill(self, length: int) -> float:
+        return self.products() / prompt_flops(self.config, length)
+
+    def decode(self, length: int, after: int) -> float:
+        return machine.bandwidth() / self.bytes_read(1, after)
+
+    def serving(self, count: int, length: int, new: int) -> float:
+        products, memory = self.products(), machine.bandwidth()
+        reading = count * length * prompt_flops(self.config, length) / products
+        flops = sum(cost.decode_flops(self.config, length + new // 2).values())
+        step = max(self.bytes_read(count, length + new // 2) / memory, count * flops / products)
+        return count * new / (reading + (new - 1) * step)
+
+    def products(self) -> float:
+        """Operations per second."""
         rates = machine.matmul_rates(size=1024, rows=512)
-        flops = sum(cost.prefill_flops(self.config, length).values())
-        return max(rates[precision], rates["float32"]) / flops
+        if self.precision in BITS:
+            return rates["float32"] * (4 if ADDS_QUADS else 2)
+        return max(rates[self.precision], rates["float32"])
 
-    def decode_roof(self, precision: str, after: int) -> float:
-        """Tokens per second at the rate of memory: each reads the weights, the state, and the keys and values."""
-        bits = 32 if precision == "float32" else 16
-        parts, state = cost.weight_bytes(self.config, precision), cost.state_bytes(self.config, input_bits=bits)
+    def bytes_read(self, count: int, after: int) -> int:
+        """For a token of each of so many sequences."""
+        bits = 32 if self.precision == "float32" else 16
+        parts, state = cost.weight_bytes(self.config, self.precision), cost.state_bytes(self.config, input_bits=bits)
         # a tied head reads the embedding, unless it is in integers and has weights of its own
         head = parts["head"] or parts["embedding"]
         context = sum(state.values()) - state["draft inputs"] + cost.token_bytes(self.config, bits) * after
-        return machine.bandwidth() / (parts["matrices"] + head + parts["vectors"] + context)
+        return parts["matrices"] + head + parts["vectors"] + count * context
+
+
+def prompt_flops(config: ModelConfig, length: int) -> float:
+    """Of a token of a prompt on average, up to the first new token: from the products on with which the last layer that
+    mixes tokens ends, only the last token is needed."""
+    last = max((place for place, layer in enumerate(config.layers) if not isinstance(layer, MlpConfig)), default=0)
+    ends = cost.matrices(config.layers[last], config.hidden_size)[-1:]
+    ends += [shape for layer in config.layers[last + 1 :] for shape in cost.matrices(layer, config.hidden_size)]
+    spared = 2 * sum(rows * columns for rows, columns in ends) * (1 - 1 / length)
+    return sum(cost.prefill_flops(config, length).values()) - spared

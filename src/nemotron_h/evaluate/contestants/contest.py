@@ -13,7 +13,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+OURS_ALONE = "THP_MEM_ALLOC_ENABLE"  # a switch of torch's that our command sets for itself
 
 
 class Failed(Exception):
@@ -27,17 +29,26 @@ class Failed(Exception):
 class Contestant:
     """A script in its own Python, alive until it is closed. Raises: Failed where it ends before it answers."""
 
-    def __init__(self, script: Path, arguments: Sequence[str], python: str = sys.executable) -> None:
+    def __init__(
+        self,
+        script: Path,
+        arguments: Sequence[str],
+        python: str = sys.executable,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """environment: what is set for it besides ours. Of our Python's paths another one is told nothing."""
         self.ended = False
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - what it writes to stderr, until it is closed
-        paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        own = os.environ.get("PYTHONPATH") if python == sys.executable else None
+        paths = [str(Path(__file__).parent), *filter(None, [own])]
+        inherited = {name: value for name, value in os.environ.items() if name != OURS_ALONE}
         self.process = subprocess.Popen(
             [python, str(script), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
             text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            env=inherited | {"PYTHONPATH": os.pathsep.join(paths)} | dict(environment or {}),
         )
         self.about: dict[str, Any] = self._answer()  # said when it is ready
 
@@ -71,7 +82,13 @@ class Contestant:
         raise Failed(" ".join(map(str, self.process.args)), last)  # type: ignore[arg-type]
 
 
-def turns(contestants: Sequence[Contestant], question: str, n: int, **details: Any) -> list[list[float]]:
+class Asked(Protocol):
+    """Who takes turns."""
+
+    def ask(self, question: str, **details: Any) -> Any: ...
+
+
+def turns(contestants: Sequence[Asked], question: str, n: int, **details: Any) -> list[list[float]]:
     """What each answers, n times, one after the other; a first round is not counted."""
     rounds = [[contestant.ask(question, **details) for contestant in contestants] for _ in range(n + 1)]
     return [list(runs) for runs in zip(*rounds[1:], strict=True)]

@@ -1,5 +1,5 @@
-"""This project as a contestant: reads prompts, generates, trains. Arguments: a checkpoint folder, a precision, threads
-(torch's own number without)."""
+"""This project as a contestant: what its engine does, as whoever serves with it has it. Arguments: a checkpoint folder,
+a precision."""
 
 import resource
 import sys
@@ -16,38 +16,39 @@ from nemotron_h.inference.load import load
 from nemotron_h.machine import tune_memory
 
 tune_memory()  # as the command does
-for threads in sys.argv[3:]:
-    torch.set_num_threads(int(threads))
 # drafts off: of random weights the text goes round, which no text does
 language = load(sys.argv[1], precision=sys.argv[2], engine_config=EngineConfig(drafts="off"))
 model = language.model
 
 
-def prompt(length: int) -> list[int]:
-    return torch.randint(model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0)).tolist()
+def drawn(count: int, length: int, seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.config.vocab_size, (count, length), generator=generator).tolist()  # type: ignore[no-any-return]
+
+
+def unseen(count: int, length: int) -> list[list[int]]:
+    """Prompts that nobody has read, for what was read is not read again."""
+    return drawn(count, length, time.time_ns())
 
 
 def prefill(length: int) -> float:
-    """Tokens per second of a prompt, its last logits included."""
-    ids, state, began = prompt(length), model.empty_state(1), time.perf_counter()
-    naive.next_logits(model, ids, state)
-    return length / (time.perf_counter() - began)
+    """Tokens per second of a prompt, its first new token included."""
+    return length * serving(1, length, 1)
 
 
 def decode(length: int, after: int) -> float:
-    """Tokens per second, one at a time, from the second on, after a prompt that is not counted."""
-    told = language.tokens(prompt(after), max_tokens=length + 1, ignore_end=True)
-    next(told)
-    began = time.perf_counter()
-    count = sum(1 for _ in told)
-    return count / (time.perf_counter() - began)
+    """Tokens per second, one a step, after a prompt that is not counted, and is read once."""
+    (answer,) = language.engine.add(language.request(drawn(1, after, 0)[0], max_tokens=length + 2, ignore_end=True))
+    while len(answer.ids) < 2:  # a step that has nothing to read gives the first two
+        language.engine.step()
+    had, began = len(answer.ids), time.perf_counter()
+    language.engine.run()
+    return (len(answer.ids) - had) / (time.perf_counter() - began)
 
 
 def serving(count: int, length: int, new: int) -> float:
-    """New tokens per second of so many requests that come at once, prompts that nobody has seen counted in the time."""
-    generator = torch.Generator().manual_seed(time.time_ns())
-    prompts = torch.randint(model.config.vocab_size, (count, length), generator=generator).tolist()
-    began = time.perf_counter()
+    """New tokens per second of so many requests that come at once, their prompts counted in the time."""
+    prompts, began = unseen(count, length), time.perf_counter()
     for prompt in prompts:
         language.engine.add(language.request(prompt, max_tokens=new, ignore_end=True))
     language.engine.run()
@@ -64,7 +65,7 @@ def loss(windows: list[list[int]]) -> float:
 
 def peak(length: int) -> int:
     """Peak bytes of the process after a prompt of that length."""
-    prefill(length)
+    naive.next_logits(model, drawn(1, length, 0)[0], model.empty_state(1))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
