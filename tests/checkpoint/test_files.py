@@ -43,6 +43,27 @@ def test_leftovers_of_a_killed_writer_are_replaced(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a[1]"]
 
 
+def test_a_folder_is_written_by_one_process_at_a_time(tmp_path: Path) -> None:
+    target = tmp_path / "m"
+    words = r"m: must not be in the making; another process writes it; wait, or name another$"
+    with new_folder(target) as first:
+        (first / "a").write_text("first")
+        with pytest.raises(CheckpointError, match=words), new_folder(target):
+            pytest.fail("both write it")
+        assert (first / "a").read_text() == "first"
+    assert (target / "a").read_text() == "first"
+
+
+def test_who_comes_first_stays(tmp_path: Path) -> None:
+    """A folder that came to be meanwhile, by another program."""
+    with (
+        pytest.raises(CheckpointError, match=r"m: must not exist, nothing is written over"),
+        new_folder(tmp_path / "m"),
+    ):
+        (tmp_path / "m").mkdir()
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
 def test_remove_leftovers_takes_hidden_files_and_folders_alone(tmp_path: Path) -> None:
     (tmp_path / ".step-1.partial").mkdir()
     (tmp_path / ".file.partial").write_text("half")

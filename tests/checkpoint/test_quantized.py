@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -149,29 +148,62 @@ def test_other_programs_words_have_no_integers(tmp_path: Path) -> None:
     assert not (tmp_path / "m").exists()
 
 
+def test_a_model_that_is_half_in_integers_is_not_saved(tmp_path: Path) -> None:
+    model = in_integers()
+    name, own = next(iter(model.matrices.items()))
+    model.put(name, in_integers(precision="int8").matrices[name])  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match=r": must be plain or in integers as backbone.* is; got another format"):
+        save(model, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+    model = deepcopy(shapes.model("8b"))
+    model.put(name, own)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match=r": must be plain or in integers as backbone"):
+        save(model, tmp_path / "m")
+
+
 PROGRAM = """
 import sys
 from tests.checkpoint.test_quantized import in_integers
-from nemotron_h.checkpoint.save import save
+from nemotron_h.checkpoint import save as room
 model = in_integers()
-print("ready", flush=True)
-for number in range(1000):
-    save(model, f"{sys.argv[1]}/{number}")
+write = room.write_shard
+def told(*given):
+    found = write(*given)
+    print("written", flush=True)  # the files are there, the folder is not
+    sys.stdin.readline()
+    return found
+room.write_shard = told
+room.save(model, sys.argv[1], shard_bytes=10_000)
+print("whole", flush=True)
+sys.stdin.readline()
 """
 
 
-def test_what_a_killed_writer_leaves_is_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [1, 3, 1000])
+def test_what_a_killed_writer_leaves_is_whole_or_nothing(tmp_path: Path, steps: int) -> None:
+    """Killed after so many of its files: what it leaves is in nobody's way."""
+    target, want = tmp_path / "m", in_integers()
     with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(tmp_path)], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2], text=True
+        [sys.executable, "-c", PROGRAM, str(target)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+        text=True,
     ) as writer:
+        assert writer.stdin is not None
         assert writer.stdout is not None
-        assert writer.stdout.readline() == "ready\n"
-        time.sleep(0.5)
+        for step in range(steps):
+            line = writer.stdout.readline()
+            if step == steps - 1 or line == "whole\n":
+                break
+            writer.stdin.write("\n")
+            writer.stdin.flush()
         writer.kill()
-    folders = [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
-    want = in_integers()
+    assert target.exists() == (line == "whole\n") == (steps == 1000)
+    if steps < 1000:
+        assert [path.name for path in tmp_path.iterdir()] == [".m.partial"]
+        save(want, target)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
     tokens = shapes.random_tokens(1, 20, seed=0)
-    assert folders
     with torch.no_grad():
-        for folder in folders:
-            assert torch.equal(load(folder)(tokens), want(tokens))
+        assert torch.equal(load(target)(tokens), want(tokens))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from io import StringIO
@@ -211,7 +212,7 @@ def test_the_card_says_who_loads_it(small: Path, checkpoint: Path) -> None:
     text = (small / "README.md").read_text()
     assert "library_name" not in ModelCard(text).data.to_dict()
     assert "- Matrices in int4 of nemotron_h, which alone loads them.\n" in text
-    assert "- Made by `nemotron-h quantize " in text
+    assert re.search(r"- Made by `nemotron-h quantize .*/tiny --to int4`", text)
     assert "- Made from tiny.\n" in text
     plain = (checkpoint / "README.md").read_text()
     assert ModelCard(plain).data.library_name == "transformers"
@@ -238,6 +239,7 @@ def test_windows_by_default(command: Command, checkpoint: Path, tmp_path: Path) 
     short = told(
         command, checkpoint, "--to", "int4", "--out", tmp_path / "c", "--feedback", "--text", tmp_path / "text"
     )
+    assert f" --to int4 --feedback --text {tmp_path / 'text'}`" in (tmp_path / "c" / "README.md").read_text()
     counts = [(one["tokens"] // WINDOW, one["held_out_tokens"] // WINDOW) for one in (few, fed, short)]
     assert counts == [(2, 2), (64, 16), (5, 1)]
 
@@ -325,7 +327,7 @@ def test_what_does_not_fit_is_refused(
     """bfloat16 weights are mapped; of others all must fit in bfloat16; error feedback needs room of its own."""
     model = load_model(checkpoint, dtype=torch.float32)
     save(model, tmp_path / "wide", dtype=torch.float32)
-    small, plain = (needed_bytes(model.config, precision) for precision in ("int4", "bfloat16"))
+    small, plain = (needed_bytes(model.config, "int4", mapped=mapped) for mapped in (True, False))
     fed = 5 * 8 * 64**2 if feedback else 0  # the widest matrix has 64 inputs
     memory = machine.memory()
 

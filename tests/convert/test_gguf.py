@@ -1,5 +1,6 @@
 """A GGUF file is read back with gguf's own reader: every key, and every tensor against the checkpoint's."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -193,11 +194,44 @@ def test_what_lies_beside_the_weights(folder: Path, tmp_path: Path) -> None:
         "general.sampling.top_p": 0.75,
         "general.sampling.min_p": 0.25,
         "general.sampling.penalty_repeat": 1.5,
+        "general.sampling.penalty_last_n": -1,
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.eot_token_id": 3,
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.chat_template": "{{ messages }}",
     }.items() <= got.items()
+
+
+@pytest.mark.parametrize(
+    ("stated", "want"),
+    [
+        ({}, {}),
+        ({"temperature": 0.5}, {}),  # without do_sample it does not count
+        ({"do_sample": True}, {"temp": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}),
+        ({"repetition_penalty": 1.5}, {"temp": 0.0, "penalty_repeat": 1.5, "penalty_last_n": -1}),
+    ],
+)
+def test_what_the_checkpoint_leaves_open_is_drawn_as_here(
+    tmp_path: Path, stated: dict[str, Any], want: dict[str, Any]
+) -> None:
+    source = checkpoint_of(tmp_path / "m", model_of(), tokenizer_of(), torch.bfloat16)
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, **stated}))
+    write_gguf(source, tmp_path / "m.gguf")
+    start = "general.sampling."
+    got = {
+        key.removeprefix(start): value for key, value in keys_of(tmp_path / "m.gguf").items() if key.startswith(start)
+    }
+    assert got == want
+
+
+def test_defaults_without_a_key_are_named(tmp_path: Path) -> None:
+    source = checkpoint_of(tmp_path / "m", model_of(), tokenizer_of(), torch.bfloat16)
+    stated = {"eos_token_id": 2, "do_sample": True, "presence_penalty": 0.5, "num_beams": 4, "made_up": 1}
+    (source / "generation_config.json").write_text(json.dumps(stated))
+    with pytest.warns(
+        UserWarning, match=r"^generation_config\.json: presence_penalty, num_beams: has no key in a GGUF"
+    ):
+        write_gguf(source, tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])

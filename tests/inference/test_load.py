@@ -12,17 +12,21 @@ import torch
 
 import nemotron_h
 from nemotron_h.checkpoint import download
+from nemotron_h.checkpoint.load import load as load_model
 from nemotron_h.checkpoint.save import save
+from nemotron_h.config.cost import weight_bytes
 from nemotron_h.config.published import read_config
 from nemotron_h.config.sampling import Sampling
 from nemotron_h.errors import CapacityError, CheckpointError, DataError, RequestError
 from nemotron_h.inference import load as room
 from nemotron_h.inference import naive
-from nemotron_h.inference.load import LanguageModel, load, needed_bytes, read
+from nemotron_h.inference.load import LanguageModel, load, needed_by, needed_bytes, read
 from nemotron_h.inference.sampling import Sampler
 from nemotron_h.machine import Memory
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.text.tokenizer import TOKENIZER_FILE, Tokenizer
+from tests.checkpoint.test_quantised import fp8, quantise
+from tests.checkpoint.test_quantised import matrices as fp8_matrices
 
 Build = Callable[..., Hybrid]
 
@@ -221,14 +225,39 @@ def test_what_cannot_fit_is_refused_with_both_numbers(
     monkeypatch.setattr(room.machine, "memory", lambda: Memory(10**12, 10**7, narrow))
     assert load(folder, precision="bfloat16")
     said = f"{folder}: needs {wide:,} bytes of memory in float32; {narrow:,} of 10,000,000 are free; "
-    with pytest.raises(CapacityError, match=f"^{re.escape(said)}precision=bfloat16 would fit$"):
+    with pytest.raises(CapacityError, match=f"^{re.escape(said)}bfloat16 would fit$"):
         load(folder, precision="float32")
     monkeypatch.setattr(room.machine, "memory", lambda: Memory(10**12, 10**7, narrow - 1))
-    with pytest.raises(CapacityError, match=r"are free; precision=int8 would fit$"):
+    with pytest.raises(CapacityError, match=r"are free; int8 would fit$"):
         load(folder, precision="bfloat16")
     monkeypatch.setattr(room.machine, "memory", lambda: Memory(10**12, 10**7, 10**4))
-    with pytest.raises(CapacityError, match=r"are free; no precision would fit; take a smaller model$"):
+    with pytest.raises(CapacityError, match=r"are free; nothing else would fit; take a smaller model$"):
         load(folder, precision="bfloat16")
+
+
+def test_what_is_not_mapped_needs_room_before_it_is_rounded(folder: Path, tmp_path: Path) -> None:
+    """Weights in float32, in FP8, or on a GPU are in bfloat16 first; those in integers lie where they are."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    config = read_config(folder / "config.json")
+    sizes = {name: sum(weight_bytes(config, name).values()) for name in ("bfloat16", "int4")}
+    largest = 4 * config.vocab_size * config.hidden_size
+    save(load_model(folder, dtype=torch.float32), tmp_path / "wide", dtype=torch.float32)
+    save(load_model(folder, dtype=torch.float32), tmp_path / "fp8", dtype=torch.float32)
+    quantise(tmp_path / "fp8", dict.fromkeys(fp8_matrices(tmp_path / "fp8"), fp8))
+    for path, device, held in (
+        (folder, cpu, "int4"), (folder, gpu, "bfloat16"), (tmp_path / "wide", cpu, "bfloat16"),
+        (tmp_path / "fp8", cpu, "bfloat16"),
+    ):  # fmt: skip
+        assert needed_by(path, device)["int4"] == sizes[held] + largest
+    language = load(folder, precision="int4")
+    language.save(tmp_path / "int4")
+    assert needed_by(tmp_path / "int4", cpu) == {"int4": sizes["int4"]}
+
+
+def test_rows_are_rounded_by_random_tokens_only_aloud(folder: Path, tmp_path: Path) -> None:
+    save(load_model(folder), tmp_path / "bare")
+    with pytest.warns(UserWarning, match=r"bare: has no tokenizer; rows are rounded as finely as random tokens ask$"):
+        load(tmp_path / "bare", precision="int8")
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:7", "meta", "tpu", ""])

@@ -93,6 +93,22 @@ def test_only_a_plain_model_is_quantised(build: Build) -> None:
             quantize(model, "int4", drawn(1))
 
 
+def test_what_is_no_number_is_named(build: Build) -> None:
+    model, name = build(), "backbone.layers.1.mixer.up_proj"
+    model.matrices[name].get_parameter("weight").data[3, 5] = torch.inf
+    with pytest.raises(RequestError, match=rf"^{name}\.weight: must hold finite numbers, to be rounded to integers"):
+        quantize(model, "int4", drawn(1))
+    for feedback in (False, True):
+        model = build()
+        model.matrices["backbone.layers.0.mixer.out_proj"].get_parameter("weight").data[3, 5] = torch.nan
+        with pytest.raises(RequestError, match=r"^backbone\.layers\.0\.mixer\.out_proj\.weight: must hold finite"):
+            quantize(model, "int8", drawn(1), feedback=feedback)
+        model = build()
+        model.layers[1].norm.weight.data[3] = torch.inf
+        with pytest.raises(RequestError, match=rf"^{name}\.(rows|products): must be finite"):
+            quantize(model, "int8", drawn(1), feedback=feedback)
+
+
 def test_windows_of_text(build: Build, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
     text = "the hybrid writes what it has read\n" * 400
@@ -113,7 +129,7 @@ def test_windows_of_text(build: Build, tokenizer: Tokenizer, monkeypatch: pytest
     assert library.shape == (4, WINDOW)
     assert torch.equal(library, windows(tokenizer, model, 4))
     monkeypatch.setattr(room, "standard_library", lambda: __import__("pathlib").Path("/nowhere"))
-    with pytest.raises(RequestError, match="must have 511 tokens"):
+    with pytest.raises(RequestError, match=r"got 0; Python's own library has no source files here: give a text$"):
         windows(tokenizer, model, 4)
 
 

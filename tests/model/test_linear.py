@@ -3,7 +3,9 @@ from copy import deepcopy
 import pytest
 import torch
 
-from nemotron_h.model.linear import Linear
+from nemotron_h.model.linear import Linear, QuantizedLinear
+from nemotron_h.ops.linear import Blocks
+from nemotron_h.ops.rounding import nearest
 from tests.model.shapes import FAMILY, model, random_tokens
 
 
@@ -41,3 +43,43 @@ def test_matrices_of_one_shape_are_tried_once_and_every_one_is_packed(monkeypatc
     assert len(likes) == len(matrices)
     assert sum(like is None for like in likes) == len({matrix.shape for matrix in matrices})
     assert not any(matrix.weight.requires_grad for matrix in matrices)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_packed_matrix_that_is_replaced_or_copied_is_the_one_that_counts(dtype: torch.dtype) -> None:
+    first, second = (Linear(40, 70, dtype=dtype, device=torch.device("cpu")) for _ in range(2))
+    for seed, one in enumerate((first, second)):
+        torch.nn.init.normal_(one.weight, generator=torch.Generator().manual_seed(seed))
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(2)).to(dtype)
+    first.pack()
+    copied = deepcopy(first)
+    assert torch.equal(copied(x), first(x))
+    if isinstance(copied.kernel, Blocks):
+        copied.weight.zero_()
+        assert not copied(x).any()
+        assert first(x).any()
+    first.weight = second.weight
+    assert not first.packed
+    assert torch.equal(first(x), second(x))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@torch.no_grad()
+def test_integers_that_are_replaced_or_copied_are_the_ones_that_count(bits: int) -> None:
+    first, second = (
+        QuantizedLinear.of(nearest(torch.randn(70, 40, generator=torch.Generator().manual_seed(seed)), bits), 8)
+        for seed in range(2)
+    )
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(2))
+    before = first(x)
+    copied = deepcopy(first)
+    copied.get_parameter("scale").zero_()
+    assert not copied(x).any()
+    assert torch.equal(first(x), before)
+    first.row_bits = torch.nn.Parameter(torch.tensor(16, dtype=torch.int32), requires_grad=False)
+    assert first.rounded_to == 16
+    assert not torch.equal(first(x), before)
+    for name, parameter in second.named_parameters():
+        setattr(first, name, parameter)
+    assert torch.equal(first(x), second(x))

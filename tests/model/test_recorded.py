@@ -173,7 +173,7 @@ def test_changed_weights_are_read_anew_once_it_forgets() -> None:
 
 @torch.no_grad()
 def test_only_so_many_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "MOST", 2)
+    monkeypatch.setattr(room, "MOST_ROWS", 5)
     model = built("8b", "int4")
     tokens = shapes.random_tokens(SLOTS, 200, seed=6)
     calls = Calls(model, pool(model, [10], tokens))

@@ -50,6 +50,18 @@ def test_scales_are_small_floats() -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("row_bits", [8, 16])
+def test_no_rows(bits: int, row_bits: int) -> None:
+    matrix, _ = drawn(bits, 65, 33)
+    for product in (quantized_linear(torch.empty(0, 33), matrix, row_bits), matrix_product(matrix, row_bits)):
+        assert product.shape == (0, 65)
+
+
+def matrix_product(matrix: Matrix, row_bits: int) -> Tensor:
+    return quantized_linear_torch(torch.empty(0, 33), matrix, row_bits, torch.float32)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(("outs", "ins"), SHAPES)
 def test_the_layout_holds_the_matrix(bits: int, outs: int, ins: int) -> None:
     matrix, integers = drawn(bits, outs, ins)

@@ -5,6 +5,7 @@ whenever the writer was killed. What exists is never written over.
 """
 
 import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,20 +27,47 @@ def new_folder(folder: Path, *, need_bytes: int = 0) -> Iterator[Path]:
     """
     refuse_existing(folder, "folder")
     partial = hidden(folder)
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with claimed_for_writing(partial, folder):
+        try:
+            with writing(folder):
+                for leftover in partial.iterdir():
+                    remove(leftover)
+                refuse_too_large(folder, need_bytes)
+                yield partial
+                for file in partial.iterdir():
+                    flush_path(file)
+                flush_path(partial)
+                refuse_existing(folder, "folder")
+                partial.rename(folder)
+                flush_path(folder.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def claimed_for_writing(partial: Path, folder: Path) -> Iterator[None]:
+    """Make the hidden folder, or take over a killed writer's, for this process alone.
+
+    Raises: CheckpointError where another process is at work on it.
+    """
+    with writing(folder):
+        partial.mkdir(exist_ok=True)
+        handle = os.open(partial, os.O_RDONLY)
     try:
-        with writing(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            remove(partial)
-            refuse_too_large(folder, need_bytes)
-            partial.mkdir()
-            yield partial
-            for file in partial.iterdir():
-                flush_path(file)
-            flush_path(partial)
-            partial.rename(folder)
-            flush_path(folder.parent)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.path.samestat(os.fstat(handle), partial.stat())
+        except (BlockingIOError, FileNotFoundError):
+            mine = False  # held, or just renamed or removed by who held it
+        if not mine:
+            raise CheckpointError(
+                f"{folder}: must not be in the making; another process writes it; wait, or name another"
+            )
+        yield
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.close(handle)
 
 
 @contextmanager

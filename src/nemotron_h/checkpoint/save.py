@@ -19,7 +19,9 @@ from nemotron_h.config.published import Dialect, write_config
 from nemotron_h.config.quantization import own_quantization
 from nemotron_h.errors import CheckpointError
 from nemotron_h.model.hybrid import Hybrid
-from nemotron_h.model.linear import plainly
+from nemotron_h.model.linear import QuantizedLinear, plainly
+from nemotron_h.precision.weights import HEAD as HEAD_MODULE
+from nemotron_h.precision.weights import HEAD_BITS
 from nemotron_h.text.tokenizer import Tokenizer, check_fits
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -76,6 +78,7 @@ def write_model(
     if model.config.tied_embeddings and HEAD in parameters:
         parameters[HEAD] = parameters[HEAD].clone()  # safetensors refuses memory with two names
     files = shards({stored_name(name, dialect): p for name, p in parameters.items()}, dtype, shard_bytes)
+    refuse_half_quantised(model)
     if model.quantized and dialect != Dialect.PUBLISHED:
         raise CheckpointError(f"dialect: must be {Dialect.PUBLISHED} for a quantised model; got {dialect}")
     integers = model.precision if model.quantized else None
@@ -102,6 +105,21 @@ def write_model(
         index |= dict.fromkeys(shard, name)
     content = {"metadata": {"total_size": size}, "weight_map": index}
     (folder / INDEX_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def refuse_half_quantised(model: Hybrid) -> None:
+    """All matrices are plain, or all are in the integers of one precision: else no folder says what they are."""
+    bits = {name: one.bits if isinstance(one, QuantizedLinear) else None for name, one in model.matrices.items()}
+    of_layers = next(iter(bits.values()))
+    wanted = {name: HEAD_BITS if name == HEAD_MODULE and of_layers is not None else of_layers for name in bits}
+    if of_layers is not None and model.lm_head is None:
+        wanted[HEAD_MODULE] = HEAD_BITS
+    other = next((name for name, own in wanted.items() if bits.get(name) != own), None)
+    if other is not None:
+        raise CheckpointError(
+            f"{other}: must be plain or in integers as {next(iter(bits))} is; got another format; load the model anew, "
+            "and quantise all of it"
+        )
 
 
 def size_bytes(model: Hybrid, dtype: torch.dtype) -> int:

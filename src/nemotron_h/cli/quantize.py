@@ -72,7 +72,9 @@ def quantize(
     target = Path(out if out is not None else f"{Path(parent_name(folder)).name}-{to}")
     refuse_existing(target, "folder")
     settle()
-    command = f"nemotron-h quantize {path} --to {to}" + (" --feedback" if feedback else "")
+    given = {"--feedback": "" if feedback else None, "--text": text, "--windows": windows}
+    options = [f" {name} {value}".rstrip() for name, value in given.items() if value is not None]
+    command = f"nemotron-h quantize {path} --to {to}" + "".join(options)
     found = written(folder, target, to, words, feedback=feedback, windows=windows, made_by=command)
     if as_json:
         print(json.dumps(found))
@@ -127,29 +129,24 @@ def written(
 
 
 def check_room(folder: Path, to: Precision, *, feedback: bool) -> None:
-    """Refuse what does not fit into memory. Weights stored in bfloat16 are mapped; others are held in it, all of them.
-
-    Raises: CapacityError with both numbers.
-    """
+    """Refuse what does not fit into memory. Raises: CapacityError with both numbers."""
     import torch
 
     from nemotron_h import machine
-    from nemotron_h.checkpoint.load import widest_dtype
     from nemotron_h.config.cost import matrices
     from nemotron_h.config.keys import CONFIG_FILE
     from nemotron_h.config.published import read_config
-    from nemotron_h.config.quantization import read_quantization
     from nemotron_h.errors import CapacityError
-    from nemotron_h.inference.load import check_memory, needed_bytes
+    from nemotron_h.inference.load import check_memory, needed_by
 
-    mapped = widest_dtype(folder) == torch.bfloat16 and not read_quantization(folder)
-    held = to.value if mapped else "bfloat16"
-    check_memory(folder, held, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    every = needed_by(folder, cpu)
+    check_memory(folder, {name: every[name] for name in Precision}, to, cpu)
     if not feedback:
         return
     config = read_config(folder / CONFIG_FILE)
     widest = max(ins for layer in config.layers for _, ins in matrices(layer, config.hidden_size))
-    needed = needed_bytes(config, held) + PRODUCTS * 8 * widest**2
+    needed = every[to] + PRODUCTS * 8 * widest**2
     memory = machine.memory()
     if needed > memory.available_bytes:
         raise CapacityError(

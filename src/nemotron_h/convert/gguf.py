@@ -28,6 +28,7 @@ from nemotron_h.checkpoint.files import new_file
 from nemotron_h.checkpoint.load import Source, checkpoint_folder, open_source
 from nemotron_h.checkpoint.names import EMBEDDING, HEAD
 from nemotron_h.checkpoint.save import FLOATS
+from nemotron_h.config.generation import GENERATION_FILE, STEERING, Generation
 from nemotron_h.config.gguf import ARCHITECTURE, GgufType, GgufValue, to_gguf
 from nemotron_h.config.model import MambaConfig, ModelConfig
 from nemotron_h.convert.gguf_vocabulary import FAMILY, no_vocabulary, vocabulary
@@ -206,7 +207,7 @@ def add(gguf: Any, writer: Any, key: str, value: GgufValue) -> None:
     elif isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
-        writer.add_uint32(key, value)
+        (writer.add_uint32 if value >= 0 else writer.add_int32)(key, value)
     elif isinstance(value, float):
         writer.add_float32(key, value)
     else:
@@ -227,17 +228,25 @@ def general_keys(gguf: Any, companions: Companions, matrices: GgufType) -> Mappi
         if key in stated:
             said = stated[key]
             values[key.replace("_", ".")] = ", ".join(said) if isinstance(said, list) else said
-    drawn = companions.generation
-    if drawn.do_sample:
-        sampling = {
-            "temp": drawn.temperature,
-            "top_k": drawn.top_k,
-            "top_p": drawn.top_p,
-            "min_p": drawn.min_p,
-            "penalty_repeat": drawn.repetition_penalty,
-        }
-        values |= {f"sampling.{key}": value for key, value in sampling.items() if value is not None}
+    values |= {f"sampling.{key}": value for key, value in sampling_keys(companions.generation).items()}
     return {f"general.{key}": value for key, value in values.items()}
+
+
+def sampling_keys(drawn: Generation) -> Mapping[str, GgufValue]:
+    """How tokens are drawn by default, where the checkpoint says anything of it: what it leaves open as `sampling` has
+    it, else llama.cpp's own defaults would stand there."""
+    penalties: dict[str, GgufValue] = {}
+    if drawn.repetition_penalty is not None:
+        penalties = {"penalty_repeat": drawn.repetition_penalty, "penalty_last_n": -1}  # -1: of all tokens, as here
+    if not drawn.do_sample:
+        return {"temp": 0.0, **penalties} if penalties else {}
+    return {
+        "temp": 1.0 if drawn.temperature is None else drawn.temperature,
+        "top_k": drawn.top_k or 0,  # 0: all of them
+        "top_p": 1.0 if drawn.top_p is None else drawn.top_p,
+        "min_p": drawn.min_p or 0.0,
+        **penalties,
+    }
 
 
 def vocabulary_keys(
@@ -279,6 +288,11 @@ def say_what_differs(
             f"{TOKENIZER_FILE}: llama.cpp cuts words at combining marks, where this tokenizer does not; "
             "texts with them may get other tokens there"
         )
+    drawn = companions.generation
+    without = [key for key in ("presence_penalty", "frequency_penalty") if getattr(drawn, key)]
+    without += [key for key in STEERING if drawn.others.get(key) is not None]
+    if without:
+        said.append(f"{GENERATION_FILE}: {', '.join(without)}: has no key in a GGUF file; give it to llama.cpp")
     if companions.legal:
         said.append(f"{', '.join(companions.legal)}: binds this file too and is not in it; pass it on beside it")
     for line in said:

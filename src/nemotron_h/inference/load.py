@@ -12,7 +12,7 @@ import torch
 
 from nemotron_h import machine
 from nemotron_h.checkpoint.companions import Companions, end_ids, read_companions
-from nemotron_h.checkpoint.load import check_size
+from nemotron_h.checkpoint.load import check_size, widest_dtype
 from nemotron_h.checkpoint.load import load as load_model
 from nemotron_h.checkpoint.save import save as save_model
 from nemotron_h.checkpoint.weights import Weights
@@ -225,11 +225,13 @@ def load(
     stored = stored_precision(folder)
     check_stored(folder, stored, precision)
     chosen = stored or (precision if precision in BITS else chosen_precision(precision, device))
-    check_memory(folder, chosen, device)
+    check_memory(folder, needed_by(folder, device), chosen, device)
     language = read(folder, dtype=PRECISIONS.get(chosen, torch.bfloat16), device=device)
     language.model.requires_grad_(False)
     if chosen in BITS and stored is None:
         LOG.info("rounding the weights to %s; `nemotron-h quantize` does it once for all", chosen)
+        if language.tokenizer is None:
+            warnings.warn(f"{folder}: has no tokenizer; rows are rounded as finely as random tokens ask", stacklevel=2)
         quantize(language.model, chosen, windows(language.tokenizer, language.model, LOADED_WINDOWS))
     language.model.pack()
     language.model.keys_values = None if keys_values == AUTO else torch.int8  # weights are rounded without it
@@ -313,29 +315,41 @@ def chosen_precision(asked: str, device: torch.device) -> str:
     return asked
 
 
-def check_memory(folder: Path, precision: str, device: torch.device) -> None:
-    """Refuse what cannot fit before it is read. Raises: CapacityError with both numbers."""
-    config = read_config(folder / CONFIG_FILE)
-    check_size(config, Weights(folder))  # of what the files cannot hold, no memory is needed
-    needed = {name: needed_bytes(config, name) for name in (*PRECISIONS, *BITS)}
+def check_memory(folder: Path, needed: Mapping[str, int], chosen: str, device: torch.device) -> None:
+    """Refuse what cannot fit before it is read. needed: bytes by each name of what may be chosen instead.
+
+    Raises: CapacityError with both numbers.
+    """
     if device.type == "cuda":
         available, limit = torch.cuda.mem_get_info(device)
     else:
         memory = machine.memory()
         available, limit = memory.available_bytes, memory.limit_bytes
-    if needed[precision] <= available:
+    if needed[chosen] <= available:
         return
     fits = [name for name, size in needed.items() if size <= available]
-    advice = f"precision={fits[0]} would fit" if fits else "no precision would fit; take a smaller model"
+    advice = f"{fits[0]} would fit" if fits else "nothing else would fit; take a smaller model"
     raise CapacityError(
-        f"{folder}: needs {needed[precision]:,} bytes of memory in {precision}; {available:,} of {limit:,} are free; "
-        f"{advice}"
+        f"{folder}: needs {needed[chosen]:,} bytes of memory in {chosen}; {available:,} of {limit:,} are free; {advice}"
     )
 
 
-def needed_bytes(config: ModelConfig, precision: str) -> int:
-    """To load: all weights, and the largest of them a second time while it is laid out."""
+def needed_by(folder: Path, device: torch.device) -> dict[str, int]:
+    """Bytes to load a folder, by each precision that it can be loaded in."""
+    weights, config = Weights(folder), read_config(folder / CONFIG_FILE)
+    check_size(config, weights)  # of what the files cannot hold, no memory is needed
+    stored = stored_precision(folder)
+    if stored is not None:
+        return {stored: sum(weight_bytes(config, stored).values())}
+    mapped = device.type == "cpu" and widest_dtype(folder) == torch.bfloat16 and not read_quantization(folder)
+    return {name: needed_bytes(config, name, mapped=mapped) for name in (*PRECISIONS, *BITS)}
+
+
+def needed_bytes(config: ModelConfig, precision: str, *, mapped: bool = True) -> int:
+    """To load a plain folder: all weights, and the largest of them a second time while it is laid out. mapped: are they
+    read where they lie, to be rounded? Else all are held in bfloat16 before they are."""
     shapes = [shape for layer in config.layers for shape in matrices(layer, config.hidden_size)]
     largest = max(rows * columns for rows, columns in (*shapes, (config.vocab_size, config.hidden_size)))
     wide = PRECISIONS.get(precision, torch.float32).itemsize
-    return sum(weight_bytes(config, precision).values()) + largest * wide
+    held = "bfloat16" if precision in BITS and not mapped else precision
+    return sum(weight_bytes(config, held).values()) + largest * wide

@@ -1,8 +1,9 @@
 """A model's matrices put into integers, layer by layer, as text runs through it.
 
 Each layer reads what the layers before it give as they are now, in integers, so that its matrices are rounded for the
-rows that they will meet. Beside them the layers as they were read the same held-out text, which tells what became of
-the residual stream and of the loss. A layer's plain matrices are looked at once and let go.
+rows that they will meet, but for what the layer's own other matrices change. Beside them the layers as they were read
+the same held-out text, which tells what became of the residual stream and of the loss. A layer's plain matrices are
+looked at once and let go.
 """
 
 import math
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nemotron_h.data.corpus import standard_library
-from nemotron_h.errors import RequestError
+from nemotron_h.errors import RequestError, ShapeError
 from nemotron_h.model.hybrid import Hybrid, Layer
 from nemotron_h.model.linear import Linear, QuantizedLinear
 from nemotron_h.model.state import Paging
@@ -69,7 +70,8 @@ def quantize(
     """Put the matrices of a plain model into integers, in place. precision: one of BITS.
 
     text, held_out: (windows, length) int64. feedback: round with error feedback on text, which takes minutes.
-    Raises: RequestError where the model is not plain.
+    Raises: RequestError where the model is not plain, and for the first matrix whose weights or rows are no finite
+    numbers; the model is then half of each, and no use.
     """
     if any(not isinstance(one, Linear) or one.packed for one in model.matrices.values()):
         raise RequestError("model: must be plain, to be quantised; it is packed or quantised already; load it anew")
@@ -87,7 +89,10 @@ def quantize(
     def put(name: str, weight: Tensor, bits: int, met: Met) -> None:
         nonlocal done
         tell(done / whole, name)
-        found = rounded(weight, bits, met)
+        try:
+            found = rounded(weight, bits, met)
+        except ShapeError as error:
+            raise RequestError(f"{name}.{error}") from None
         model.put(name, QuantizedLinear.of(found.matrix, found.row_bits))
         matrices.append(_report(name, bits, found))
         done += sizes[name]
@@ -135,7 +140,8 @@ def windows(tokenizer: Tokenizer | None, model: Hybrid, count: int, text: str | 
             break
     full = min(count, len(ids) // body)
     if full == 0:
-        raise RequestError(f"text: must have {body} tokens or more; got {len(ids)}")
+        missing = "" if text is not None else "; Python's own library has no source files here: give a text"
+        raise RequestError(f"text: must have {body} tokens or more; got {len(ids)}{missing}")
     return F.pad(torch.tensor(ids[: full * body]).view(full, body), (1, 0), value=begin)
 
 

@@ -3,7 +3,7 @@ product); laid out for reading; or in integers."""
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,19 @@ class Linear(nn.Module):
         super().__init__()
         self.shape = out_features, in_features
         self.weight = nn.Parameter(torch.empty(self.shape, dtype=dtype, device=device))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            self.__dict__.pop("kernel", None)  # it reads the one before
+        super().__setattr__(name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy: its kernel reads its own weight."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if isinstance(self.kernel, Blocks):
+            self.kernel = Blocks(self.kernel.shape, self.weight.detach())
+        elif self.kernel is not None:
+            self.kernel = few_rows(self.weight, self.kernel.depth)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.kernel(x) if self.kernel is not None and len(x) <= self.kernel.most_rows else linear(x, self.weight)
@@ -71,13 +84,26 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def of(cls, matrix: Matrix, row_bits: int) -> Self:
-        return cls(matrix.bits, matrix.shape, matrix.tensors() | {ROW_BITS: torch.tensor(row_bits, dtype=torch.int32)})
+        return cls(matrix.bits, matrix.shape, matrix.tensors() | {ROW_BITS: matrix.totals.new_tensor(row_bits)})
 
     @classmethod
     def empty(cls, bits: int, shape: tuple[int, int], device: torch.device | str) -> Self:
         """Its tensors are to be put in."""
         expected = Matrix.shapes(bits, shape) | {ROW_BITS: ((), torch.int32)}
         return cls(bits, shape, {name: torch.empty(s, dtype=d, device=device) for name, (s, d) in expected.items()})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._forget()
+        super().__setattr__(name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._forget()
+
+    def _forget(self) -> None:
+        """What was made of the tensors that were there."""
+        for name in ("matrix", "rounded_to"):
+            self.__dict__.pop(name, None)
 
     @cached_property
     def matrix(self) -> Matrix:

@@ -25,7 +25,7 @@ from nemotron_h.model.state import Paging, State
 from nemotron_h.ops.jit.kernels import Recording, recording
 from nemotron_h.ops.segments import Segments
 
-MOST = 8  # calls of different sizes that are kept: each holds what its layers compute
+MOST_ROWS = 64  # of the calls that are kept: each holds what its layers compute of every row
 BLOCKS = 16  # pages that a sequence's table grows by
 
 Key = tuple[range, int, int]  # sequences, rows, pages that the tables have room for
@@ -92,6 +92,6 @@ class Calls:
         part.advance(segments)
         self.state.follow(part, rows)
         self._calls[key] = None if launches.spoiled else Call(launches, ids, segments, paging, logits)
-        if len(self._calls) > MOST:
+        while len(self._calls) > 1 and sum(count for _, count, _ in self._calls) > MOST_ROWS:
             self._calls.popitem(last=False)
         return logits.float().clone()

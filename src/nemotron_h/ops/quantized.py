@@ -150,7 +150,7 @@ def quantized_linear(x: Tensor, matrix: Matrix, bits: int = 8, dtype: torch.dtyp
     eights = torch.empty(lines, groups, dtype=torch.int32).numpy()
     jit.round_rows(rows, array(x.contiguous()), f(LEVELS[bits]), codes, x_scale, eights)
     out = torch.empty(rows, matrix.shape[0], dtype=dtype)
-    words = codes.reshape(lines, -1).view("uint32")
+    words = codes.reshape(lines, matrix.padded_inputs).view("uint32")
     jit.rows_times(len(matrix.words), words, x_scale, eights, *matrix.arrays, array(out))
     return out
 

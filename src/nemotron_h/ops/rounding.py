@@ -80,8 +80,8 @@ def _columns(weight: Tensor, upper: Tensor, scale: Tensor, bits: int) -> list[Te
     """weight (outs, columns) float32, written over: integers int8, or codes and groups, and what the columns after
     these take over of each one's error, float32 (outs, columns)."""
     outs, columns = weight.shape
-    integers, error = torch.empty(outs, columns, dtype=torch.int8), torch.empty(outs, columns)
-    groups = torch.zeros(outs, -(-columns // GROUP), dtype=torch.uint8)
+    integers, error = weight.new_empty(outs, columns, dtype=torch.int8), torch.empty_like(weight)
+    groups = weight.new_zeros(outs, -(-columns // GROUP), dtype=torch.uint8)
     if runs(weight):
         arrays = (array(t) for t in (weight, upper, scale))
         jit.fed_back(outs, *arrays, bits == 4, integers.numpy(), groups.numpy(), array(error))
@@ -102,7 +102,7 @@ def fed_back_torch(
             some = weight[:, None, j : j + GROUP]
             *_, place = _of_scales(some, worth[None, j : j + GROUP], scale)
             groups[:, j // GROUP] = place[:, 0]
-            step = scale * _scales()[place[:, 0]]
+            step = scale * _scales(weight.device)[place[:, 0]]
         code = (weight[:, j] / step).nan_to_num().round().clamp(low, high)
         integers[:, j] = code
         error[:, j] = (weight[:, j] - code * step) / upper[j, j]
