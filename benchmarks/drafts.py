@@ -2,8 +2,8 @@
 
     python benchmarks/drafts.py FOLDER [--precision int8] [--n 5]
 
-Each prompt is code of this Python's own library. To summarise: a file, and its first words again. To edit: a function,
-and the beginning of it again under another name. The answers are the same token by token.
+FOLDER: of `make run`. Each prompt is code of this Python's own library. To summarise: a file, and its first words
+again. To edit: a function, and the beginning of it again under another name. The answers are the same token by token.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 from results import commit, write
 
 from nemotron_h import EngineConfig
+from nemotron_h.checkpoint.resume import newest_step
 from nemotron_h.evaluate.rows import Row, row
 from nemotron_h.inference.engine import Engine
 from nemotron_h.inference.load import LanguageModel, load
@@ -47,7 +48,7 @@ def written(engine: Engine, language: LanguageModel, prompt: str) -> tuple[float
 
 
 def drafts(folder: Path, precision: str, n: int) -> list[Row]:
-    language = load(folder, precision=precision)
+    language = load(newest_step(folder / "training" / "checkpoints"), precision=precision)
     engines = {mode: Engine(language.model, language.tokenizer, EngineConfig(drafts=mode)) for mode in ("auto", "off")}
     rows = []
     for what, prompt in prompts().items():

@@ -1,9 +1,6 @@
-"""The engine: many requests at once against vLLM and transformers; what reuse saves, what a session costs, memory; and
-where snapshots are placed. The 256 M model, bfloat16.
+"""The engine: what reuse saves, what a session costs, memory, where snapshots are placed. The 256 M model, bfloat16.
 
-    python benchmarks/engine.py [--vllm PYTHON] [--transformers PYTHON] [--n 5] [--part serving|reuse|memory|placement]
-
-`peers.sh` makes the environments of the peers.
+python benchmarks/engine.py [--n 5] [--part reuse|memory|placement]
 """
 
 import argparse
@@ -16,26 +13,13 @@ from results import ROOT, commit, write
 
 from nemotron_h import PRESETS
 from nemotron_h.config import cost
-from nemotron_h.evaluate.contestants.contest import Contestant, turns
+from nemotron_h.evaluate.contestants.contest import Contestant
 from nemotron_h.evaluate.rows import Row, row
-from nemotron_h.evaluate.speed import SCRIPTS, untrained
+from nemotron_h.evaluate.speed import untrained
 
 HERE = Path(__file__).parent
 PREFIX = 8192
 LONG = 32_768
-
-
-def serving(folder: str, peers: Mapping[str, str], n: int) -> list[Row]:
-    """16 requests of 512 in, 128 out, at once. peers: the Python of each script."""
-    scripts = [(HERE / "run_engine.py", sys.executable), *((SCRIPTS / name, python) for name, python in peers.items())]
-    contestants = [Contestant(script, [folder, "bfloat16"], python) for script, python in scripts]
-    runs = turns(contestants, "serving", n, count=16, length=512, new=128)
-    what = "256 M, 16 requests of 512 tokens in, 128 out, at once"
-    versions = [contestant.about["version"] for contestant in contestants]
-    for contestant in contestants:
-        contestant.close()
-    rows = [(own, version) for own, version in zip(runs[1:], versions[1:], strict=True)]
-    return [row(what, "tokens/s", runs[0], own, version, higher=True) for own, version in rows]
 
 
 def reuse(folder: str, n: int) -> list[Row]:
@@ -87,16 +71,12 @@ def placement() -> list[Row]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--vllm", help="the Python that has it")
-    parser.add_argument("--transformers", default=sys.executable)
     parser.add_argument("--n", type=int, default=5)
-    parser.add_argument("--part", choices=["serving", "reuse", "memory", "placement"])
+    parser.add_argument("--part", choices=["reuse", "memory", "placement"])
     given, checked_out = parser.parse_args(), commit()
-    peers = {"run_transformers.py": given.transformers} | ({"run_vllm.py": given.vllm} if given.vllm else {})
     with tempfile.TemporaryDirectory() as scratch:
         folder = str(untrained("256m", Path(scratch)))
         parts = {
-            "serving": lambda: serving(folder, peers, given.n),
             "reuse": lambda: reuse(folder, given.n),
             "memory": lambda: memory(folder),
             "placement": placement,

@@ -8,17 +8,20 @@ those of the layers' matrices and the head; the embedding is counted on neither 
 """
 
 import argparse
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import gguf
 from results import commit, write
 
 from nemotron_h.checkpoint.resume import newest_step
+from nemotron_h.convert.gguf import name_of
 from nemotron_h.data.shards import Shard
 from nemotron_h.evaluate.contestants.contest import Contestant
 from nemotron_h.evaluate.rows import Row, row
 from nemotron_h.evaluate.speed import TYPES, Race
 from nemotron_h.inference.load import load
+from nemotron_h.model.linear import Linear, QuantizedLinear
 
 UNIT = "thousandths of a nat"
 WIDTH = 512  # tokens of a window: llama.cpp reads so many at a time
@@ -30,19 +33,16 @@ def beginnings(shard: Shard, most: int) -> list[list[int]]:
     return [shard[index][:WIDTH].tolist() for index, _ in zip(long, range(most), strict=False)]
 
 
-def bits_of_gguf(path: Path, matrices: int) -> float:
-    """matrices: how many there are, all of which end as here."""
-    ends = ("ssm_in", "ssm_out", "ffn_up", "ffn_down", "attn_q", "attn_k", "attn_v", "attn_output")
-    names = {"output.weight"} | {f"{end}.weight" for end in ends}
-    found = [one for one in gguf.GGUFReader(path).tensors if one.name.split(".", 2)[-1] in names or one.name in names]
-    assert len(found) == matrices
+def bits_of_gguf(path: Path, matrices: Collection[str]) -> float:
+    names = {name_of(f"{name}.weight") for name in matrices}
+    found = [one for one in gguf.GGUFReader(path).tensors if one.name in names]
+    assert len(found) == len(matrices)
     return 8 * sum(int(one.n_bytes) for one in found) / sum(int(one.n_elements) for one in found)
 
 
-def bits_of_ours(folder: Path, precision: str) -> float:
-    matrices = load(folder, precision=precision).model.matrices.values()
-    stored = sum(parameter.nbytes for one in matrices for parameter in one.parameters())
-    return 8 * stored / sum(one.shape[0] * one.shape[1] for one in matrices)
+def bits_of_ours(matrices: Mapping[str, Linear | QuantizedLinear]) -> float:
+    stored = sum(parameter.nbytes for one in matrices.values() for parameter in one.parameters())
+    return 8 * stored / sum(one.shape[0] * one.shape[1] for one in matrices.values())
 
 
 def asked(contestant: Contestant, windows: list[list[int]]) -> float:
@@ -56,11 +56,14 @@ def measured(race: Race, windows: list[list[int]]) -> list[Row]:
         with race.contestants(precision, peers=("llama",)) as some:
             ours, *peers = some.values()
             loss, what = asked(ours, windows), f"{precision}, loss of {len(windows)} windows held out"
-            mine = bits_of_ours(race.folder, precision)
+            matrices = load(race.folder, precision=precision).model.matrices
+            mine = bits_of_ours(matrices)
             for peer in peers:
                 version = f"{peer.about['version']} {kind}"
                 found.append(row(what, UNIT, [loss], [asked(peer, windows)], version, higher=False))
-                found.append(row(bits, "bits", [mine], [bits_of_gguf(race.gguf(kind))], version, higher=False))
+                found.append(
+                    row(bits, "bits", [mine], [bits_of_gguf(race.gguf(kind), matrices)], version, higher=False)
+                )
             if not peers:
                 found += [row(what, UNIT, [loss], higher=False), row(bits, "bits", [mine], higher=False)]
     return found

@@ -1,8 +1,9 @@
 #!/bin/sh
 # Environments of the peers that benchmarks compare with, one each: peers.sh FOLDER [PYTHON]
-#   FOLDER/vllm/bin/python          for benchmarks/engine.py --vllm
-#   FOLDER/transformers/bin/python  for --transformers and --peer-python
-#   FOLDER/llama/bin/python         for NEMOTRON_H_LLAMA, the tests' own; compiled for this machine
+# for benchmarks/race.py and `nemotron-h bench`:
+#   --llama FOLDER/llama/bin/python                 also NEMOTRON_H_LLAMA, of the tests; compiled for this machine
+#   --vllm FOLDER/vllm/bin/python                   also NEMOTRON_H_VLLM
+#   --transformers FOLDER/transformers/bin/python   also --peer-python of memory.py and train_step.py
 # vLLM's CPU build is installed without torchaudio, torchvision and torchcodec, which would replace torch.
 set -eu
 folder=${1:?peers.sh FOLDER [PYTHON]}

@@ -38,16 +38,6 @@ def to_first_token(answer: Answer) -> float:
     return answer.begun - answer.added
 
 
-def serving(count: int, length: int, new: int) -> float:
-    """Tokens per second that come out, of so many prompts at once."""
-    prompts = [prompt(length) for _ in range(count)]
-    began = time.perf_counter()
-    for ids in prompts:
-        engine.add(Request(ids=ids, max_tokens=new))
-    engine.run()
-    return count * new / (time.perf_counter() - began)
-
-
 def turns(length: int) -> dict[str, float]:
     """Seconds to the first token: of a new prompt, of the same again, of a turn of 20 tokens after it; and of a step of
     one sequence, the mean of 32."""
@@ -98,4 +88,4 @@ def memory(length: int) -> int:
 
 
 about = {"version": f"nemotron-h {nemotron_h.__version__}"}
-serve(about, {"serving": serving, "turns": turns, "session": session, "memory": memory})
+serve(about, {"turns": turns, "session": session, "memory": memory})

@@ -20,6 +20,7 @@ from results import commit, write
 from nemotron_h.evaluate.rows import Row, row
 from nemotron_h.evaluate.speed import TYPES, untrained
 from nemotron_h.grid import CHUNK
+from nemotron_h.inference import naive
 from nemotron_h.inference.load import load
 from nemotron_h.machine import tune_memory
 from nemotron_h.model.hybrid import Hybrid
@@ -75,17 +76,15 @@ class Timed(kernels.Recording):
         return seconds
 
 
-def call(model: Hybrid, state: State, length: int) -> tuple[Timed, float]:
-    """One call of so many tokens, and the seconds that it took."""
-    segments = state.segments([length], model.row_multiple)
-    timed = Timed()
-    token = kernels.RECORDING.set(timed)
+def timed(model: Hybrid, state: State, length: int) -> tuple[Timed, float]:
+    """What the prompt of that length, or one more token, takes up to its logits, and the seconds in all."""
+    launches = Timed()
+    token = kernels.RECORDING.set(launches)
     began = time.perf_counter()
-    hidden = model.hidden(torch.zeros(length, dtype=torch.int64), segments, state)
-    model.logits(hidden[-model.row_multiple :])
+    naive.next_logits(model, [0] * length, state)
     took = time.perf_counter() - began
     kernels.RECORDING.reset(token)
-    return timed, took
+    return launches, took
 
 
 def shares(what: str, runs: list[Counter[str]], wholes: list[float]) -> list[Row]:
@@ -103,16 +102,16 @@ def measured(folder: Path, precision: str, length: int, n: int) -> list[Row]:
     model = load(folder, precision=precision).model
     if model.takes_any_rows:
         model.row_multiple = 1
-    call(model, model.empty_state(1), length)
-    prompts = [call(model, model.empty_state(1), length) for _ in range(n)]
+    timed(model, model.empty_state(1), length)
+    prompts = [timed(model, model.empty_state(1), length) for _ in range(n)]
     found = shares(
         f"{precision}, prompt of {length:,} tokens",
-        [timed.seconds for timed, _ in prompts],
+        [launches.seconds for launches, _ in prompts],
         [took for _, took in prompts],
     )
     state = model.empty_state(1)
-    call(model, state, length + CHUNK // 2)
-    step, _ = call(model, state, 1)
+    timed(model, state, length + CHUNK // 2)
+    step, _ = timed(model, state, 1)
     wholes = []
     for _ in range(20 * n):
         began = time.perf_counter()

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nemotron_h.checkpoint.check import check_folder
 from nemotron_h.checkpoint.load import load
 from nemotron_h.checkpoint.names import WEIGHTS_FILE
 from nemotron_h.checkpoint.save import save
@@ -146,6 +147,20 @@ def test_other_programs_words_have_no_integers(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"^dialect: must be published for a quantised model; got transformers"):
         save(in_integers(), tmp_path / "m", dialect=Dialect.TRANSFORMERS)
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_sums_that_are_not_those_of_the_integers_are_found(folder: Path, place: int) -> None:
+    """Kernels add them, the definition does not: with others the two would differ."""
+    assert [finding.holds for finding in check_folder(folder, load(folder))] == [True, True, True]
+    held = load_file(folder / WEIGHTS_FILE)
+    name = next(name for name in held if name.endswith(".totals"))
+    held[name][place] += 1
+    save_file(held, folder / WEIGHTS_FILE)
+    *others, sums = check_folder(folder, load(folder))
+    assert all(finding.holds for finding in others)
+    assert not sums.holds
+    assert sums.number == f"1 differ: {name.removesuffix('.totals')}"
 
 
 def test_a_model_that_is_half_in_integers_is_not_saved(tmp_path: Path) -> None:

@@ -90,10 +90,10 @@ def test_quantised_weights_are_written_as_what_they_stand_for(
         ([], "Missing option '--to'"),
         (["--to", "gguf", "--type", "q5_0"], "Invalid value for '--type': "),
         (["--to", "gguf", "--precision", "float32"], "precision: must not be given with --to gguf; got 'float32'"),
-        (["--to", "published", "--type", "bf16"], "type: must be given with --to gguf alone; got --to published"),
+        (["--to", "published", "--type", "bf16"], "type: must be given with --to gguf only; got --to published"),
         (
             ["--to", "transformers", "--no-tokenizer"],
-            "no-tokenizer: must be given with --to gguf alone",
+            "no-tokenizer: must be given with --to gguf only",
         ),
         (["--to", "gguf"], "tokenizer.json: pre_tokenizer must cut text as "),
         (["--to", "published", "--precision", "int4"], "precision: must be one of bfloat16, float32; got 'int4'"),

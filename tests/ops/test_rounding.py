@@ -137,11 +137,9 @@ def test_large_matrices_are_looked_at_in_parts(monkeypatch: pytest.MonkeyPatch) 
         want = nearest(weight, bits)
         with monkeypatch.context() as patch:
             patch.setattr(room, "AT_ONCE", 64 * 7)
-            got = nearest(weight.bfloat16().float(), bits)
             again = nearest(weight, bits)
         assert torch.equal(again.words, want.words)
         assert torch.equal(again.scale, want.scale)
-        assert got.shape == (50, 64)
 
 
 def test_what_cannot_be_rounded_is_refused() -> None:

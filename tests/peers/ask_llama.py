@@ -24,6 +24,9 @@ def main() -> None:
         "begun": [tokenized(vocabulary, text, True) for text in asked["texts"]],
         "pieces": [pieces(vocabulary, ids) for ids in asked["decoded"]],
         "ends": [i for i in range(api.llama_vocab_n_tokens(vocabulary)) if api.llama_vocab_is_eog(vocabulary, i)],
+        "keys": keys(model),
+        "template": (api.llama_model_chat_template(model, None) or b"").decode(),
+        "attributes": attributes(vocabulary),
         "tokens": [],
     }
     logits = {}
@@ -33,6 +36,25 @@ def main() -> None:
         logits[f"logits_{number}"] = np.stack(rows)
     np.savez(sys.argv[2], **logits)
     sys.stdout.write(f"answer {json.dumps(answer)}\n")
+
+
+def attributes(vocabulary: object) -> list[int]:
+    """Of each token, where tokens have any."""
+    if api.llama_vocab_type(vocabulary) == api.LLAMA_VOCAB_TYPE_NONE:
+        return []
+    return [api.llama_vocab_get_attr(vocabulary, i) for i in range(api.llama_vocab_n_tokens(vocabulary))]
+
+
+def keys(model: object) -> dict[str, str]:
+    """Every key of the file but lists, as it has read it, in words."""
+    found = {}
+    room = api.ctypes.create_string_buffer(2**16)
+    for index in range(api.llama_model_meta_count(model)):
+        api.llama_model_meta_key_by_index(model, index, room, len(room))
+        key = room.value.decode()
+        api.llama_model_meta_val_str_by_index(model, index, room, len(room))
+        found[key] = room.value.decode()
+    return found
 
 
 def tokenized(vocabulary: object, text: str, begun: bool) -> list[int]:

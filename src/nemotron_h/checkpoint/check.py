@@ -18,13 +18,15 @@ from nemotron_h.config.published import MODEL_TYPE, Dialect, from_published, rea
 from nemotron_h.config.quantization import read_quantization
 from nemotron_h.model.check import Finding
 from nemotron_h.model.hybrid import Hybrid
-from nemotron_h.model.linear import plainly
+from nemotron_h.model.linear import QuantizedLinear, plainly
 
 
 def check_folder(folder: Path, model: Hybrid) -> Iterator[Finding]:
     """Of a folder and the model that was loaded from it."""
     yield config_again(folder)
     yield weights_again(folder, model)
+    if model.quantized:
+        yield sums_again(model)
 
 
 def config_again(folder: Path) -> Finding:
@@ -36,6 +38,18 @@ def config_again(folder: Path) -> Finding:
     count = "1 dialect" if len(dialects) == 1 else f"{len(dialects)} dialects"
     number = f"{count}, the same model" if not differ else f"another model as {' and '.join(differ)}"
     return Finding("config.json, written again", not differ, number)
+
+
+def sums_again(model: Hybrid) -> Finding:
+    """Of matrices in integers, the sums of each output's that are stored beside them, for kernels that need them."""
+    found = {name: one.matrix for name, one in model.matrices.items() if isinstance(one, QuantizedLinear)}
+    differ = []
+    for name, matrix in found.items():
+        sums = matrix.integers().sum(1, dtype=torch.int32)
+        if not torch.equal(matrix.totals[: len(sums)], sums) or matrix.totals[len(sums) :].any():
+            differ.append(name)
+    number = f"{len(found):,} matrices, the same" if not differ else f"{len(differ):,} differ: {differ[0]}"
+    return Finding("sums of integers, added again", not differ, number)
 
 
 def weights_again(folder: Path, model: Hybrid) -> Finding:

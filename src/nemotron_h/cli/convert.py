@@ -50,7 +50,7 @@ def convert(
         raise RequestError(f"precision: must not be given with --to gguf; got {precision!r}; --type says it")
     for name, given in (("type", matrices), ("no-tokenizer", without_tokenizer or None)):
         if to != Target.GGUF and given is not None:
-            raise RequestError(f"{name}: must be given with --to gguf alone; got --to {to}")
+            raise RequestError(f"{name}: must be given with --to gguf only; got --to {to}")
     folder = checkpoint_folder(folder_of(path))
     refuse_integers(folder)
     name = Path(parent_name(folder)).name

@@ -123,14 +123,19 @@ def package() -> Any:
         ) from None
 
 
+def name_of(source_name: str) -> str | None:
+    """llama.cpp's name of a parameter; None: it has none."""
+    if not source_name.startswith(LAYER):
+        return NAMES.get(source_name)
+    number, _, rest = source_name.removeprefix(LAYER).partition(".")
+    return f"blk.{number}.{LAYER_NAMES[rest]}" if rest in LAYER_NAMES else None
+
+
 def stored(gguf: Any, source_name: str, source: Source, matrices: GgufType) -> Stored:
     """What becomes of a parameter. Raises: UnsupportedError where it is a part of a matrix, and no plain weight."""
-    shape = tuple(source.wanted[source_name].shape)
-    layer, name = None, NAMES.get(source_name)
-    if source_name.startswith(LAYER):
-        number, _, rest = source_name.removeprefix(LAYER).partition(".")
-        layer = source.config.layers[int(number)]
-        name = f"blk.{number}.{LAYER_NAMES[rest]}" if rest in LAYER_NAMES else None
+    shape, name = tuple(source.wanted[source_name].shape), name_of(source_name)
+    number = source_name.removeprefix(LAYER).partition(".")[0]
+    layer = source.config.layers[int(number)] if source_name.startswith(LAYER) else None
     if name is None:
         raise UnsupportedError(
             f"{source_name}: must be a plain weight for a GGUF file, FP8 or NVFP4; got a matrix in another format; "

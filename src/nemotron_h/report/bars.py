@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.text import Text
 
-from nemotron_h.errors import RequestError
+from nemotron_h.errors import MissingExtraError, RequestError
 
 EIGHTHS = " ▏▎▍▌▋▊▉"
 COLOURS = ("#76b900", "#9aa0a6", "#5f6368", "#c4c7cb")  # the first contestant's, then the others'
@@ -63,7 +63,9 @@ def check_picture(path: Path) -> None:
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
     except ImportError:
-        raise RequestError("plot: needs matplotlib; install nemotron-h[eval]") from None
+        raise MissingExtraError(
+            "plot: must have matplotlib to be drawn; found no such package; pip install nemotron-h[eval]"
+        ) from None
     kinds = Figure().canvas.get_supported_filetypes()
     if path.suffix.removeprefix(".") not in kinds:
         raise RequestError(f"plot: must be a file of one of {', '.join(sorted(kinds))}; got {path.name}")
@@ -74,7 +76,7 @@ def check_picture(path: Path) -> None:
 def save_bars(groups: Sequence[Group], path: Path, *, title: str) -> None:
     """Write them as a picture, in the format that the file's name ends with.
 
-    Raises: RequestError without matplotlib, and for a format that it does not write.
+    Raises: MissingExtraError without matplotlib; RequestError for a format that it does not write.
     """
     check_picture(path)
     from matplotlib.figure import Figure  # noqa: PLC0415 - an extra

@@ -17,7 +17,7 @@ if __name__ == "__main__":
         sys.argv[1],
         skip_tokenizer_init=True,
         dtype=sys.argv[2],
-        enforce_eager=True,
+        enforce_eager=True,  # its compiler asks for a C++ one, takes a minute, and made nothing faster where we tried
         max_model_len=40_000,
         max_num_seqs=16,
     )
