@@ -8,6 +8,8 @@ those of the layers' matrices and the head; the embedding is counted on neither 
 """
 
 import argparse
+import subprocess
+import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -52,21 +54,34 @@ def asked(contestant: Contestant, windows: list[list[int]]) -> float:
 def measured(race: Race, windows: list[list[int]]) -> list[Row]:
     found = []
     for precision, kind in TYPES.items():
-        bits = f"{precision}, bits per weight, head included"
+        matrices = load(race.folder, precision=precision).model.matrices
         with race.contestants(precision, peers=("llama",)) as some:
-            ours, *peers = some.values()
-            loss, what = asked(ours, windows), f"{precision}, loss of {len(windows)} windows held out"
-            matrices = load(race.folder, precision=precision).model.matrices
-            mine = bits_of_ours(matrices)
-            for peer in peers:
-                version = f"{peer.about['version']} {kind}"
-                found.append(row(what, UNIT, [loss], [asked(peer, windows)], version, higher=False))
-                found.append(
-                    row(bits, "bits", [mine], [bits_of_gguf(race.gguf(kind), matrices)], version, higher=False)
-                )
-            if not peers:
-                found += [row(what, UNIT, [loss], higher=False), row(bits, "bits", [mine], higher=False)]
-    return found
+            losses, bits, version = [asked(one, windows) for one in some.values()], [bits_of_ours(matrices)], None
+            if "llama" in some:
+                version = f"{some['llama'].about['version']} {kind}"
+                bits.append(bits_of_gguf(race.gguf(kind), matrices))
+        found += both(precision, losses, bits, version, len(windows))
+    with tempfile.TemporaryDirectory() as scratch:
+        small = Path(scratch) / "fed"
+        subprocess.run(
+            ["nemotron-h", "quantize", race.folder, "--to", "int4", "--feedback", "--out", small, "--json"],
+            check=True, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        fed = Race(small, race.cache, {}, n=1)
+        with fed.contestants("int4", peers=()) as some:
+            losses[0] = asked(some["int4"], windows)
+    return found + both("int4 with error feedback", losses, bits, version, len(windows))
+
+
+def both(what: str, losses: list[float], bits: list[float], version: str | None, count: int) -> list[Row]:
+    """Ours, and the peer's where it takes part."""
+    return [
+        row(f"{what}, {name}", unit, values[:1], values[1:], version, higher=False)
+        for name, unit, values in (
+            (f"loss of {count} windows held out", UNIT, losses),
+            ("bits per weight, head included", "bits", bits),
+        )
+    ]
 
 
 if __name__ == "__main__":

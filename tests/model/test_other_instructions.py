@@ -26,14 +26,19 @@ with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
     chosen = load(sys.argv[1])
     named = load(sys.argv[1], precision="bfloat16")
+warnings.simplefilter("ignore")  # that there is no tokenizer
+found = {str(one.model.compute_dtype): one.model for one in (chosen, named)}
+found |= {name: load(sys.argv[1], precision=name, keys_values="int8").model for name in ("int8", "int4")}
 prompt = torch.randint(97, (150,), generator=torch.Generator().manual_seed(0))
 with torch.no_grad():
     wide = load(sys.argv[1], precision="float32").model(prompt[None])[0]
+    eight = found["int8"](prompt[None])[0]
 print(json.dumps({
     "chosen": str(chosen.model.compute_dtype),
     "said": [str(one.message) for one in said],
-    "holds": {str(m.model.compute_dtype): [f.number for f in check(m.model) if not f.holds] for m in (chosen, named)},
+    "holds": {name: [f.number for f in check(model) if not f.holds] for name, model in found.items()},
     "top": [[row.argmax().item(), (row.topk(2).values[0] - row.topk(2).values[1]).item()] for row in wide],
+    "eight": [row.argmax().item() for row in eight],
 }))
 """
 
@@ -64,3 +69,6 @@ def test_avx2_alone(tmp_path: Path) -> None:
             sure += 1
             assert mine == theirs
     assert sure > 100
+    assert len(here["holds"]) == 3  # bfloat16, int8, int4
+    same = sum(mine == theirs for mine, theirs in zip(here["eight"], there["eight"], strict=True))
+    assert same > 130  # of 150: what is between the products is rounded otherwise

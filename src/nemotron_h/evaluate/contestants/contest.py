@@ -1,13 +1,14 @@
 """Contestants that take turns: each a process of its own, possibly of another environment, asked for one run at a time.
 
-While one runs the others wait for their next line, so that they share the machine's moods and nothing else. A
-contestant is a script that calls `serve` with what it can be asked; questions and answers are JSON, one a line. This
-file is all of ours that such a script finds, for its environment need not have the rest.
+While one runs the others are stopped, with all that they have started, so that they share the machine's moods and its
+memory, and nothing else. A contestant is a script that calls `serve` with what it can be asked; questions and answers
+are JSON, one a line. This file is all of ours that such a script finds, for its environment need not have the rest.
 """
 
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,7 @@ class Contestant:
     ) -> None:
         """environment: what is set for it besides ours. Of our Python's paths another one is told nothing."""
         self.ended = False
+        self._asked = True  # is an answer to come, the first being that it is ready?
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - what it writes to stderr, until it is closed
         own = os.environ.get("PYTHONPATH") if python == sys.executable else None
         paths = [str(Path(__file__).parent), *filter(None, [own])]
@@ -48,12 +50,15 @@ class Contestant:
             stdout=subprocess.PIPE,
             stderr=self._said,
             text=True,
+            process_group=0,  # with all that it starts; stopped ones whose race has gone get a SIGHUP from the kernel
             env=inherited | {"PYTHONPATH": os.pathsep.join(paths)} | dict(environment or {}),
         )
         self.about: dict[str, Any] = self._answer()  # said when it is ready
 
     def ask(self, question: str, **details: Any) -> Any:
         assert self.process.stdin is not None
+        self._asked = True
+        self._tell(signal.SIGCONT)
         with contextlib.suppress(BrokenPipeError):  # it has ended, as its answer will tell
             self.process.stdin.write(json.dumps({"question": question, **details}) + "\n")
             self.process.stdin.flush()
@@ -67,13 +72,22 @@ class Contestant:
         with contextlib.suppress(BrokenPipeError):  # it has ended, with a question unread
             self.process.stdin.close()
         self.process.stdout.close()
+        self._tell(signal.SIGKILL if self._asked else signal.SIGCONT)  # who was interrupted is not waited for
         self.process.wait()
+        self._tell(signal.SIGKILL)  # what it has left behind
         self._said.close()
+
+    def _tell(self, what: signal.Signals) -> None:
+        """It and all that it has started."""
+        with contextlib.suppress(ProcessLookupError):  # nobody is left
+            os.killpg(self.process.pid, what)
 
     def _answer(self) -> Any:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("answer "):
+                self._tell(signal.SIGSTOP)
+                self._asked = False
                 return json.loads(line.removeprefix("answer "))
         self._said.seek(0)
         last = ([line.strip() for line in self._said if line.strip()] or ["it ended without an answer"])[-1]
