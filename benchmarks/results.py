@@ -148,10 +148,10 @@ def cost_of_formats(rows: Sequence[dict[str, Any]]) -> str:
         precision, _, what = entry["what"].partition(", ")
         losses[precision, what.partition(" ")[0]] = entry
     plain, found = losses["bfloat16", "loss"], []
-    for precision in sorted({entry["what"].split(", ")[1] for entry in rows}, reverse=True):
+    for precision in dict.fromkeys(entry["what"].split(", ")[1] for entry in rows):
         loss, bits = losses[precision, "loss"], losses[precision, "bits"]
         for name, side in (("ours", "ours"), (loss["peer_version"].rpartition(" ")[2], "peer")):
-            change = 100 * (loss[side] / plain[side] - 1)
+            change = round(100 * (loss[side] / plain[side] - 1), 2) + 0.0  # no -0.00
             found.append(f"{precision} {name} {number(bits[side])} bits, {change:+.2f} %")
     return f"Bits a weight, and change of loss of a trained model (results/loss.json): {'; '.join(found)}."
 

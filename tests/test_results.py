@@ -102,6 +102,44 @@ def test_the_best_peer_stands_beside_ours_and_the_others_behind_it() -> None:
     assert each[2] == "| a, tokens/s | 105 | slow 1: 10 | 10.5 | 10 % |"
 
 
+def test_a_race_goes_on_with_what_was_measured_on_the_same_basis_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    basis = {"sources": "abc", "n": 5, "peers": ["llama"]}
+    rows = [row("a", "tokens/s", [2.0], [1.0], "peer 1", higher=True, roof=4.0)]
+    assert results.measured("race", basis) == ([], {})
+    results.write("race", rows, "1234567", basis=basis, absent={"vllm": "no Python"})
+    assert results.measured("race", basis) == (rows, {"vllm": "no Python"})
+    for other in ({"sources": "abd"}, {"n": 3}, {"peers": []}, {"sources": None}):
+        assert results.measured("race", basis | other) == ([], {})
+    results.write("race", rows, "1234567", basis=basis | {"sources": None})  # what is not checked in may have changed
+    assert results.measured("race", basis | {"sources": None}) == ([], {})
+
+
+def test_who_is_not_in_a_table_is_named_under_it(tmp_path: Path) -> None:
+    content = json.loads((ROOT / "benchmarks" / "results" / FILES[0]).read_text())
+    rows = [vars(row("a", "tokens/s", [2.0], higher=True, roof=4.0))]
+    lines = results.table(content | {"rows": rows, "absent": {"a": "gone", "b": "gone", "c": "none"}}).splitlines()
+    assert lines[0] == "|  | ours | of the roof | spread |"
+    assert lines[2] == "| a, tokens/s | 2 | 50 % | one run |"
+    assert lines[-1] == "Not in it: a; b: gone. c: none."
+
+
+def test_a_race_says_what_its_formats_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    entries = []
+    for precision, kind, loss, bits in (
+        ("bfloat16", "bf16", (2.0, 2.0), (16, 16)),
+        ("int4", "q4_0", (2.1, 2.2), (4, 5)),
+    ):
+        entries.append(row(f"{precision}, loss of 4 windows", "nats", *([v] for v in loss), f"x {kind}", higher=False))
+        entries.append(row(f"{precision}, bits per weight", "bits", *([v] for v in bits), f"x {kind}", higher=False))
+    (tmp_path / "loss.json").write_text(json.dumps({"rows": [vars(entry) for entry in entries]}))
+    said = results.cost_of_formats([{"what": "256 M, int4, prompt"}])
+    assert said.endswith(": int4 ours 4 bits, +5.00 %; int4 q4_0 5 bits, +10.00 %.")
+
+
 def test_the_commit_is_what_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*arguments: str) -> None:
         names = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
@@ -115,9 +153,15 @@ def test_the_commit_is_what_is_measured(tmp_path: Path, monkeypatch: pytest.Monk
     git("commit", "-m", "all")
     monkeypatch.setattr(results, "ROOT", tmp_path)
     (tmp_path / "benchmarks/results/c.json").write_text("2")  # by the part before
-    clean = results.commit()
+    clean, measured = results.commit(), results.sources()
     assert re.fullmatch(r"[0-9a-f]{7,}", clean)
+    git("add", ".")
+    git("commit", "-m", "results")
+    assert (clean, measured) != (results.commit(), None)
+    assert results.sources() == measured  # results are no source
+    clean = results.commit()
     for name in ("src/a.py", "benchmarks/b.py"):
         (tmp_path / name).write_text("2")
         assert results.commit() == f"{clean}-dirty"
+        assert results.sources() is None
         (tmp_path / name).write_text("1")

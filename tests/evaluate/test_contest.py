@@ -117,6 +117,14 @@ def test_one_that_ends_without_an_answer_is_named_with_its_last_words(script: Pa
         one.ask("leave")
 
 
+def test_of_the_last_words_the_error_counts(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text(
+        "import sys\nsys.exit('(Worker 7) ERROR RuntimeError: no memory\\nwarning: a thing leaked\\n')\n"
+    )
+    with pytest.raises(Failed, match=r": \(Worker 7\) ERROR RuntimeError: no memory$"):
+        Contestant(tmp_path / "broken.py", [])
+
+
 def test_one_that_was_killed_while_it_waited(script: Path, tmp_path: Path) -> None:
     one = Contestant(script, [str(tmp_path / "written"), "a"])
     one.process.kill()

@@ -147,7 +147,7 @@ def test_one_that_ends_in_the_race_is_left_out_and_the_others_go_on(
     (left,) = race.answers(question, some)
     assert (left.ratio, left.peer_version) == (2.0, "peer 1")
     assert left.roof == roof(question)
-    assert race.absent == {"llama, int8, decoding after 8 tokens": "peer: out of memory"}
+    assert race.absent == {"llama, int8, decoding after 8 tokens": "out of memory"}
     (still,) = race.answers(question, some)
     assert still.ratio == 2.0
     with pytest.raises(

@@ -167,8 +167,9 @@ class Race:
             yield found
 
     def _leave_out(self, peer: str, what: str, error: Exception) -> None:
-        self.absent[f"{peer}, {what}"] = str(error)
-        LOG.warning("%s does not take part in %s: %s", peer, what, error)
+        words = error.words if isinstance(error, Failed) else getattr(error, "strerror", None) or str(error)
+        self.absent[f"{peer}, {what}"] = words
+        LOG.warning("%s does not take part in %s: %s", peer, what, words)
 
     def _started(self, who: str, precision: str) -> Contestant:
         threads = str(torch.get_num_threads())

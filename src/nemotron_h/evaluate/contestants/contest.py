@@ -8,6 +8,7 @@ are JSON, one a line. This file is all of ours that such a script finds, for its
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+ERROR = re.compile(r"\b[A-Z]\w*(?:Error|Exception): ")
 
 if __name__ == "contest":  # in a contestant: under nohup it and what it starts would ignore that its race has gone
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -93,10 +96,11 @@ class Contestant:
                 self._asked = False
                 return json.loads(line.removeprefix("answer "))
         self._said.seek(0)
-        last = ([line.strip() for line in self._said if line.strip()] or ["it ended without an answer"])[-1]
+        lines = [line.strip() for line in self._said if line.strip()] or ["it ended without an answer"]
+        errors = [line for line in lines if ERROR.search(line)]  # warnings may follow it
         self.close()
         self.ended = True
-        raise Failed(" ".join(map(str, self.process.args)), last)  # type: ignore[arg-type]
+        raise Failed(" ".join(map(str, self.process.args)), (errors or lines)[-1])  # type: ignore[arg-type]
 
 
 class Asked(Protocol):
