@@ -93,6 +93,7 @@ class Contestant:
         for line in self.process.stdout:
             if line.startswith("answer "):
                 self._tell(signal.SIGSTOP)
+                os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)  # it takes a moment
                 self._asked = False
                 return json.loads(line.removeprefix("answer "))
         self._said.seek(0)
