@@ -1,6 +1,8 @@
 """The engine: what reuse saves, what a session costs, memory, where snapshots are placed. The 256 M model, bfloat16.
 
-python benchmarks/engine.py [--n 5] [--part reuse|memory|placement]
+    python benchmarks/engine.py [--n 5] [--part reuse|memory|placement]
+
+Each part is a file of results.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     python benchmarks/loss.py FOLDER [--llama PYTHON]
 
 FOLDER: of `make run`, whose held-out shard is read: the beginnings of documents, as one window each. Losses have one
-value: nothing is drawn. Ours are rounded as they are loaded, which looks at the weights alone. Bits per weight are
-those of the layers' matrices and the head; the embedding is counted on neither side.
+value: nothing is drawn. Integers are rounded for the weights alone, or by error feedback on documents of the training
+shard. Bits per weight are those of the layers' matrices and the head; the embedding is counted on neither side.
 """
 
 import argparse
@@ -24,8 +24,10 @@ from nemotron_h.evaluate.rows import Row, row
 from nemotron_h.evaluate.speed import TYPES, Race
 from nemotron_h.inference.load import load
 from nemotron_h.model.linear import Linear, QuantizedLinear
+from nemotron_h.text.tokenizer import Tokenizer
 
 UNIT = "thousandths of a nat"
+DOCUMENTS = 200  # of the training shard, more text than error feedback reads
 WIDTH = 512  # tokens of a window: llama.cpp reads so many at a time
 
 
@@ -51,7 +53,7 @@ def asked(contestant: Contestant, windows: list[list[int]]) -> float:
     return 1000 * contestant.ask("loss", windows=windows)  # type: ignore[no-any-return]
 
 
-def measured(race: Race, windows: list[list[int]]) -> list[Row]:
+def measured(race: Race, windows: list[list[int]], trained_on: Shard) -> list[Row]:
     found = []
     for precision, kind in TYPES.items():
         matrices = load(race.folder, precision=precision).model.matrices
@@ -62,11 +64,11 @@ def measured(race: Race, windows: list[list[int]]) -> list[Row]:
                 bits.append(bits_of_gguf(race.gguf(kind), matrices))
         found += both(precision, losses, bits, version, len(windows))
     with tempfile.TemporaryDirectory() as scratch:
-        small = Path(scratch) / "fed"
-        subprocess.run(
-            ["nemotron-h", "quantize", race.folder, "--to", "int4", "--feedback", "--out", small, "--json"],
-            check=True, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+        small, text = Path(scratch) / "fed", Path(scratch) / "text"
+        tokenizer = Tokenizer.load(race.folder)
+        text.write_text("\n".join(tokenizer.decode(trained_on[index].tolist()) for index in range(DOCUMENTS)))
+        verb = ["nemotron-h", "quantize", race.folder, "--to", "int4", "--feedback", "--text", text, "--out", small]
+        subprocess.run([*verb, "--json"], check=True, stdout=subprocess.DEVNULL)
         fed = Race(small, race.cache, {}, n=1)
         with fed.contestants("int4", peers=()) as some:
             losses[0] = asked(some["int4"], windows)
@@ -93,5 +95,6 @@ if __name__ == "__main__":
     given, checked_out = parser.parse_args(), commit()
     checkpoint = newest_step(given.folder / "training" / "checkpoints")
     race = Race(checkpoint, given.cache, {"llama": given.llama} if given.llama else {}, n=1)
-    windows = beginnings(Shard(given.folder / "shards" / "validation"), given.windows)
-    write("loss", measured(race, windows), checked_out)
+    shards = given.folder / "shards"
+    windows = beginnings(Shard(shards / "validation"), given.windows)
+    write("loss", measured(race, windows, Shard(shards / "train")), checked_out)

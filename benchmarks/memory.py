@@ -1,6 +1,8 @@
 """Peak memory of reading a prompt, by its length, against transformers: the 256 M model, each in a fresh process.
 
-python benchmarks/memory.py [--peer-python PYTHON]
+    python benchmarks/memory.py [--peer-python PYTHON]
+
+Transformers is not asked for the longest prompt, of which it takes many times as much.
 """
 
 import argparse
