@@ -253,6 +253,26 @@ def test_what_decays_at_once_stays_finite() -> None:
         assert_near(value, exact_value, 1e-4)
 
 
+def test_what_has_faded_is_nothing() -> None:
+    """dt A of -1.5 a token, and only the first one says anything: what is left of it gets smaller than the smallest
+    number of float32's full precision. Such numbers would make a CPU slow, and say nothing."""
+    pytest.importorskip("numba")
+    inputs, A = Inputs.random(130, seed=7), torch.full((H,), -15.0)
+    inputs.dt.fill_(0.1)
+    inputs.x[1:], inputs.B[1:] = 0.0, 0.0
+    (y,), state = chunked([inputs], [0], A, torch.zeros(1, H, P, N))
+    assert state is not None
+    leaves = [t.clone().requires_grad_() for t in (inputs.x, inputs.dt, inputs.B, inputs.C)]
+    (again,), _ = chunked([Inputs(*leaves)], [0], A, None)
+    gradients = torch.autograd.grad(again[:100].sum(), leaves)
+    for value in (y, state, *gradients):
+        assert not ((value != 0) & (value.abs() < torch.finfo(torch.float32).tiny)).any()
+    want, _ = defined(inputs, A, torch.zeros(H, P, N))
+    assert (y - want).abs().max() < ROUNDING * want.abs().max()
+    assert (y[45:] == 0).all()
+    assert want[45:].abs().max() > 0
+
+
 def test_bfloat16_inputs_are_computed_in_float32() -> None:
     A, inputs = decay_rates(), Inputs.random(200, seed=8)
     narrow = Inputs(inputs.x.bfloat16(), inputs.dt, inputs.B.bfloat16(), inputs.C.bfloat16())

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from nemotron_h.ops.jit.kernels import kernel
-from nemotron_h.ops.jit.scalars import compile_once, exp, f, piece, read, u
+from nemotron_h.ops.jit.scalars import compile_once, exp, f, inline, piece, read, u
 from nemotron_h.ops.jit.tiles import (
     HEIGHT,
     LANES,
@@ -36,6 +36,13 @@ from nemotron_h.ops.jit.tiles import (
     store_rows,
     zeros,
 )
+
+
+@inline
+def fade(x):  # type: ignore[no-untyped-def]
+    """e^x; nothing where that is below 1e-26, which is nothing to a sum in float32. What it is multiplied by would soon
+    be too small for float32's full precision, and with such numbers a CPU takes a hundred times as long."""
+    return f(0) if x < f(-60) else exp(x)
 
 
 @kernel(2)
@@ -131,7 +138,7 @@ def decayed(factors, scores, row, column, dt, a, index, begin, count):  # type: 
     for i in range(count):
         top, seen = a[index, begin + i], min((begin + i) // LANES * LANES + LANES, a.shape[1])
         for j in range(seen):
-            factors[u(i), u(j)] = scores[u(row + i), u(column + j)] * exp(top - a[u(index), u(j)]) * dt[u(index), u(j)]
+            factors[u(i), u(j)] = scores[u(row + i), u(column + j)] * fade(top - a[u(index), u(j)]) * dt[u(index), u(j)]
 
 
 @piece
@@ -140,7 +147,7 @@ def add_read(out, queries, a, index, begin, count, state, first):  # type: ignor
     compile_once()
     n = queries.shape[1]
     for i in range(count):
-        gain = exp(a[index, begin + i])
+        gain = fade(a[index, begin + i])
         for k in range(n):
             queries[u(i), u(k)] *= gain
     add_product(out, 0, count, out.shape[1], queries, 0, state, first, n)
@@ -153,9 +160,9 @@ def move_on(state, keys, inputs, dt, a, index):  # type: ignore[no-untyped-def]
     width = a.shape[1]
     end, weights = a[index, width - 1], np.empty(width, np.float32)
     for j in range(width):
-        weights[j] = exp(end - a[index, j]) * dt[index, j]
+        weights[j] = fade(end - a[index, j]) * dt[index, j]
     scale_rows(inputs, weights)
-    gain = exp(end)
+    gain = fade(end)
     for k in range(state.shape[0]):
         for q in range(state.shape[1]):
             state[u(k), u(q)] *= gain
@@ -207,7 +214,7 @@ def states_gradient(
         load(queries, inputs, rows[chunk], column, counts[chunk])
         load(slope, grad, rows[chunk], head * p, counts[chunk])
         for i in range(m):
-            gains[i] = exp(a[index, i])
+            gains[i] = fade(a[index, i])
         scale_rows(slope, gains)
         add_product(added, 0, n, p, queries.T, 0, slope, 0, m)
         store(out, index * n, 0, added)
@@ -225,7 +232,7 @@ def pass_back(start: Any, stop: Any, before: Any, a: Any, chunks: Any, heads: An
         clear(behind)
         for step in range(chunks[segment, 1]):
             index = (chunks[segment, 0] + chunks[segment, 1] - 1 - step) * heads + head
-            gain = exp(a[index, width - 1])
+            gain = fade(a[index, width - 1])
             for q in range(p):
                 total[q] = f(0)
             for k in range(n):
@@ -306,7 +313,7 @@ def within_chunk(dt, a, index, scores, inputs_turned, slope, by_scores, out, by_
     steps, by_steps, row_sums = np.empty((width, 1), np.float32), np.zeros(width, np.float32), zeros(m, 1)
     for i in range(m):
         for j in range(i + 1):
-            decay[i, j] = exp(a[index, i] - a[index, j])
+            decay[i, j] = fade(a[index, i] - a[index, j])
         if i % HEIGHT == 0:  # pulls: dy_i . x_j, in whole vectors of the places that these queries see
             reach = min((i // LANES + 1) * LANES, width)
             add_product(pulls, i, min(i + HEIGHT, m), reach, slope, 0, inputs_turned, 0, p)
@@ -337,7 +344,7 @@ def through_reads(a, index, state, queries_turned, slope_turned, queries_out, by
     add_product(back, 0, n, m, state, 0, slope_turned, 0, len(slope_turned))
     add_dots(total, queries_turned, back)
     for i in range(m):
-        gains[i] = exp(a[index, i])
+        gains[i] = fade(a[index, i])
         by_a[index, i] += gains[i] * total[i]
     add_scaled_columns(queries_out, back, gains)
 
@@ -353,7 +360,7 @@ def through_writes(dt, a, index, state, keys_turned, inputs_turned, keys_out, ou
     add_product(back, 0, n, width, state, 0, inputs_turned, 0, len(inputs_turned))
     add_dots(total, keys_turned, back)
     for j in range(width):
-        decay = exp(a[index, width - 1] - a[index, j])
+        decay = fade(a[index, width - 1] - a[index, j])
         weights[j] = decay * dt[index, j]
         by_dt[index, j] += decay * total[j]
         by_a[index, j] -= weights[j] * total[j]
