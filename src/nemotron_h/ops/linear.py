@@ -113,11 +113,13 @@ class Blocks:
             times = floats.few_floats_times if inputs == 1 else floats.few_pairs_times
             times(blocks, x.view(torch.uint32).numpy(), self.words, array(out))
             return out
-        for some, of_some in zip(x.split(AT_ONCE), out.split(AT_ONCE), strict=True):
+        given, wanted = array(x), array(out)
+        for begin in range(0, rows, AT_ONCE):
+            some, of_some = given[begin : begin + AT_ONCE], wanted[begin : begin + AT_ONCE]
             shape = -(-words * inputs // floats.NEAR), len(some), floats.NEAR
             ordered = torch.empty(shape, dtype=torch.uint32).numpy()
-            floats.in_order(len(some), array(some), inputs, words, ordered)
-            floats.many_times(blocks, ordered, inputs, words, self.words, array(of_some))
+            floats.in_order(len(some), some, inputs, words, ordered)
+            floats.many_times(blocks, ordered, inputs, words, self.words, of_some)
         return out
 
 

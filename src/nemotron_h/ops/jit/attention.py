@@ -16,8 +16,8 @@ import numpy as np
 from nemotron_h.ops.jit.kernels import kernel
 from nemotron_h.ops.jit.lanes import top, total
 from nemotron_h.ops.jit.pairs import load_pairs
-from nemotron_h.ops.jit.scalars import LANES, compile_once, exp, f, piece, read, to_bfloat16, write
-from nemotron_h.ops.jit.tiles import HEIGHT, add_product, load_rows
+from nemotron_h.ops.jit.scalars import LANES, compile_once, exp, f, piece, read, to_bfloat16, u, write
+from nemotron_h.ops.jit.tiles import HEIGHT, add_product, clear, load_rows
 
 
 @kernel(1)
@@ -43,9 +43,8 @@ def attend(
             column = (head * group + i % group) * d
             for c in range(d):
                 queries[i, c] = read(q, row + i // group, column + c)
-            for c in range(d):
-                attended[i, c] = f(0)
             tops[i], sums[i] = -np.inf, f(0)
+        clear(attended)
         for block in range(first // size + 1):
             page = table[owner[part], block] * heads + head
             for i in range(m):
@@ -59,8 +58,7 @@ def attend(
                 score(scores, i, end, width, queries, block_keys)
                 if len(scales) > 0:
                     times(scores, i, end, seen, scales[of_keys])
-                for k in range(i, end):
-                    weigh(scores[k], scale, seen[k], width, tops, sums, k, attended[k])
+                weigh(scores, i, end, scale, seen, width, tops, sums, attended)
                 if len(scales) > 0:
                     times(scores, i, end, seen, scales[of_keys + heads])
                 add_product(attended, i, end, d, scores, 0, block_values, 0, seen[i])
@@ -96,9 +94,8 @@ def attend_pairs(
             column = (head * group + i % group) * (d // 2)
             for c in range(d // 2):
                 queries[i, c] = q[row + i // group, column + c]
-            for c in range(d):
-                attended[i, c] = f(0)
             tops[i], sums[i] = -np.inf, f(0)
+        clear(attended)
         for block in range(first // size + 1):
             page = table[owner[part], block] * heads + head
             for i in range(m):
@@ -109,9 +106,8 @@ def attend_pairs(
                 end = min(i + HEIGHT, m)
                 width = -(-seen[end - 1] // LANES) * LANES
                 score(scores, i, end, width, queries, block_keys)
-                for k in range(i, end):
-                    weigh(scores[k], scale, seen[k], width, tops, sums, k, attended[k])
-                    narrow(halves[k], scores[k], width)
+                weigh(scores, i, end, scale, seen, width, tops, sums, attended)
+                narrow(halves, scores, i, end, width)
                 common = seen[i] // 2
                 add_product(attended, i, end, d, weights, 0, block_values, 0, common)
                 for k in range(i + 1, end):
@@ -187,11 +183,12 @@ def times(scores, begin, end, seen, scales):  # type: ignore[no-untyped-def]
 
 
 @piece
-def narrow(halves, row, width):  # type: ignore[no-untyped-def]
-    """The first numbers of a row as bfloat16 bits."""
+def narrow(halves, scores, begin, end, width):  # type: ignore[no-untyped-def]
+    """The first numbers of these rows as bfloat16 bits."""
     compile_once()
-    for j in range(width):
-        halves[j] = to_bfloat16(row[j])
+    for i in range(begin, end):
+        for j in range(width):
+            halves[u(i), u(j)] = to_bfloat16(scores[u(i), u(j)])
 
 
 @piece
@@ -205,16 +202,21 @@ def score(scores, begin, end, width, queries, keys):  # type: ignore[no-untyped-
 
 
 @piece
-def weigh(row, scale, seen, width, tops, sums, i, out):  # type: ignore[no-untyped-def]
-    """Scores of a block, to be scaled, become weights by the largest score so far; what was summed before, too."""
+def weigh(scores, begin, end, scale, seen, width, tops, sums, out):  # type: ignore[no-untyped-def]
+    """These rows' scores of a block, to be scaled, become weights by the largest score so far; what was summed before,
+    too."""
     compile_once()
-    largest = max(tops[i], top(row, 0, seen))
-    for j in range(width):
-        row[j] = exp((row[j] - largest) * scale)
-    for j in range(seen, width):
-        row[j] = f(0)
-    gain = exp((tops[i] - largest) * scale)
-    sums[i] = sums[i] * gain + total(row, 0, width)
-    tops[i] = largest
-    for c in range(out.shape[0]):
-        out[c] *= gain
+    size, line = scores.shape[1], scores.reshape(-1)
+    for i in range(begin, end):
+        largest = max(tops[i], top(line, i * size, i * size + seen[i]))
+        gain, tops[i] = exp((tops[i] - largest) * scale), largest
+        sums[i] *= gain
+        for c in range(out.shape[1]):
+            out[u(i), u(c)] *= gain
+    for i in range(begin, end):
+        largest = tops[i]
+        for j in range(seen[i]):
+            scores[u(i), u(j)] = exp((scores[u(i), u(j)] - largest) * scale)
+        for j in range(seen[i], width):
+            scores[u(i), u(j)] = f(0)
+        sums[i] += total(line, i * size, i * size + width)

@@ -21,9 +21,11 @@ if numba is not None:
 
     VECTOR = ir.VectorType(ir.FloatType(), LANES)
 
-    def over_vectors(count: int, begin: float, join: Callable[[Any, Any, list[Any]], Any]) -> Any:
-        """For numba: the partial results, to be read with `lane`, of join(builder, partial, vectors) over whole vectors
-        of so many arrays from first to before last."""
+    def over_vectors(
+        count: int, begin: float, join: Callable[[Any, Any, list[Any]], Any], *, halved: bool = False
+    ) -> Any:
+        """For numba: the partial results of join(builder, partial, vectors) over whole vectors of so many arrays from
+        first to before last. halved: they are joined, half by half, for what has the same bits in any order."""
 
         @intrinsic  # type: ignore[untyped-decorator]
         def partial(typing, arrays, first, last):  # type: ignore[no-untyped-def]
@@ -44,11 +46,16 @@ if numba is not None:
                         loaded.align = 4  # that of a float32: stretches begin anywhere
                         vectors.append(loaded)
                     builder.store(join(builder, builder.load(found), vectors), found)
-                whole = builder.load(found)
-                lanes = [builder.extract_element(whole, ir.IntType(32)(lane)) for lane in range(LANES)]
+                whole, count = builder.load(found), LANES
+                while halved and count > 1:
+                    count //= 2
+                    upper = [count + lane % count for lane in range(LANES)]
+                    upper = ir.Constant(ir.VectorType(ir.IntType(32), LANES), upper)
+                    whole = join(builder, whole, [builder.shuffle_vector(whole, whole, upper)])
+                lanes = [builder.extract_element(whole, ir.IntType(32)(lane)) for lane in range(count)]
                 return context.make_tuple(builder, signature.return_type, lanes)
 
-            return types.UniTuple(types.float32, LANES)(arrays, first, last), generate
+            return types.UniTuple(types.float32, 1 if halved else LANES)(arrays, first, last), generate
 
         return partial
 
@@ -66,7 +73,7 @@ if numba is not None:
     sums, products, tops = (
         over_vectors(1, 0.0, _add),
         over_vectors(2, 0.0, _add_product),
-        over_vectors(1, -np.inf, _larger),
+        over_vectors(1, -np.inf, _larger, halved=True),
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from nemotron_h.ops.jit.kernels import kernel
 from nemotron_h.ops.jit.lanes import dot
-from nemotron_h.ops.jit.scalars import STRIDE, f, read, read_at, sigmoid, write
+from nemotron_h.ops.jit.scalars import STRIDE, f, read, read_at, sigmoid, u, write
 
 
 @kernel(8)
@@ -59,11 +59,11 @@ def gated_forward(
     for t in range(start, stop):
         for j in range(channels):
             gate = read_at(z, t * step + j)
-            row[j] = y[t, j] * (gate * sigmoid(gate))
+            row[u(j)] = y[u(t), u(j)] * (gate * sigmoid(gate))
         for first in range(0, channels, width):
             scale = f(1) / np.sqrt(dot(row, row, first, first + width) / f(width) + epsilon)
             for j in range(first, first + width):
-                write(out, t, j, row[j] * scale * read_at(gain, j))
+                write(out, t, j, row[u(j)] * scale * read_at(gain, j))
 
 
 @kernel(1)
@@ -97,12 +97,12 @@ def gated_backward(
                 last = first + width
                 scale = f(1) / np.sqrt(dot(row, row, first, last) / f(width) + epsilon)
                 for j in range(first, last):
-                    partial[part, j] += slope[j] * row[j] * scale
+                    partial[u(part), u(j)] += slope[u(j)] * row[u(j)] * scale
                 for j in range(first, last):
-                    slope[j] *= read_at(gain, j)
+                    slope[u(j)] *= read_at(gain, j)
                 pull = dot(slope, row, first, last) * scale * scale / f(width)
                 for j in range(first, last):
-                    slope[j] = scale * (slope[j] - row[j] * pull)  # by what the gate let through
+                    slope[u(j)] = scale * (slope[u(j)] - row[u(j)] * pull)  # by what the gate let through
             for j in range(channels):
                 grad_y[t, j] = slope[j] * read_at(z, t * step + j) * gates[j]
             for j in range(channels):

@@ -111,6 +111,16 @@ if numba is not None:
         return types.float32(types.float32, types.float32, types.float32), generate
 
     @intrinsic  # type: ignore[untyped-decorator]
+    def wide(typing):  # type: ignore[no-untyped-def]
+        """Loops of the function around it use the widest vectors, where LLVM by itself takes half of them."""
+
+        def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            set.add(builder.function.attributes, '"prefer-vector-width"="512"')  # llvmlite knows only names
+            return context.get_dummy_value()
+
+        return types.void(), generate
+
+    @intrinsic  # type: ignore[untyped-decorator]
     def _alone(typing):  # type: ignore[no-untyped-def]
         def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
             builder.function.attributes.add("noinline")
@@ -149,6 +159,7 @@ def to_bfloat16(x):  # type: ignore[no-untyped-def]
 @inline
 def exp(x):  # type: ignore[no-untyped-def]
     """e^x in float32 within 2 units in the last place (Cephes' polynomial), for x in -87.3..88.3 and clamped to it."""
+    wide()
     x = min(max(x, f(-87.3)), f(88.3))
     n = np.float32(np.rint(x * f(1.44269504)))
     r = fused(n, f(2.12194440e-4), fused(n, f(-0.693359375), x))
