@@ -4,7 +4,8 @@
 
 FOLDER: of `make run`, whose held-out shard is read: the beginnings of documents, as one window each. Losses have one
 value: nothing is drawn. Integers are rounded for the weights alone, or by error feedback on documents of the training
-shard. Bits per weight are those of the layers' matrices and the head; the embedding is counted on neither side.
+shard; keys and values in int8 are read as such from the first token on. Bits per weight are those of the layers'
+matrices and the head; the embedding is counted on neither side.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from nemotron_h.convert.gguf import name_of
 from nemotron_h.data.shards import Shard
 from nemotron_h.evaluate.contestants.contest import Contestant
 from nemotron_h.evaluate.rows import Row, row
-from nemotron_h.evaluate.speed import TYPES, Race
+from nemotron_h.evaluate.speed import SCRIPTS, TYPES, Race
 from nemotron_h.inference.load import load
 from nemotron_h.model.linear import Linear, QuantizedLinear
 from nemotron_h.text.tokenizer import Tokenizer
@@ -72,7 +73,12 @@ def measured(race: Race, windows: list[list[int]], trained_on: Shard) -> list[Ro
         fed = Race(small, race.cache, {}, n=1)
         with fed.contestants("int4", peers=()) as some:
             losses[0] = asked(some["int4"], windows)
-    return found + both("int4 with error feedback", losses, bits, version, len(windows))
+    found += both("int4 with error feedback", losses, bits, version, len(windows))
+    kept = Contestant(SCRIPTS / "run_ours.py", [str(race.folder), "bfloat16", "int8"])
+    try:
+        return found + both("bfloat16 with keys and values in int8", [asked(kept, windows)], [], None, len(windows))
+    finally:
+        kept.close()
 
 
 def both(what: str, losses: list[float], bits: list[float], version: str | None, count: int) -> list[Row]:
@@ -83,6 +89,7 @@ def both(what: str, losses: list[float], bits: list[float], version: str | None,
             (f"loss of {count} windows held out", UNIT, losses),
             ("bits per weight, head included", "bits", bits),
         )
+        if values
     ]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -130,11 +131,15 @@ def test_options_are_checked_before_the_model_is_read(command: Command, options:
     assert command("generate", "no-such-folder", "x", *options).line.startswith(f"{options[0][2:].replace('-', '_')}: ")
 
 
-def test_drafts_and_keys_in_int8(command: Command, folder: Path) -> None:
-    """Drafts change nothing; keys and values that are rounded may."""
+def test_drafts_and_keys_in_int8(command: Command, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Drafts change nothing, and what they did is said; keys and values that are rounded may."""
+    caplog.set_level("INFO")
     asked = ("generate", folder, "def", "--max-tokens", 60, "--ignore-end")
-    texts = {drafts: command(*asked, "--drafts", drafts).out for drafts in ("auto", "always", "off")}
+    texts = {drafts: command(*asked, "--drafts", drafts).out for drafts in ("auto", "off")}
+    caplog.clear()
+    texts["always"] = command(*asked, "--drafts", "always").out
     assert len(set(texts.values())) == 1
+    assert re.search(r"[1-9]\d* of \d+ drafted tokens came", caplog.text)
     assert command(*asked, "--keys-values", "int8").code == 0
     assert command(*asked, "--drafts", "never").line == "drafts: must be one of auto, always, off; got 'never'"
     assert command(*asked, "--keys-values", "int4").line == "keys_values: must be one of auto, int8; got 'int4'"

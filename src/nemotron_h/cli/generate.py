@@ -1,6 +1,7 @@
 """`nemotron-h generate`: text, or token ids, out of a checkpoint."""
 
 import json
+import logging
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from nemotron_h.cli.process import HELP_DRAFTS, HELP_KEYS_VALUES, HELP_PRECISION
 from nemotron_h.errors import RequestError
 
 AT_ONCE = 16  # prompts of a batch
+LOG = logging.getLogger(__name__)
 
 
 def generate(
@@ -87,14 +89,15 @@ def generate(
     if ids is not None:
         new = list(model.tokens(numbers, max_tokens=max_tokens, sampling=sampling, ignore_end=ignore_end))
         print(json.dumps({"ids": new}) if as_json else ",".join(map(str, new)))
-        return
-    if chat:
+    elif chat:
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": text})
-        pieces = model.chat(messages, max_tokens=max_tokens, sampling=sampling, stop=stop or ())
+        show(model.chat(messages, max_tokens=max_tokens, sampling=sampling, stop=stop or ()), as_json=as_json)
     else:
         pieces = model.stream(text, max_tokens=max_tokens, sampling=sampling, stop=stop or (), ignore_end=ignore_end)
-    show(pieces, as_json=as_json)
+        show(pieces, as_json=as_json)
+    if (counts := model.engine.counts).drafted_tokens:
+        LOG.info("%d of %d drafted tokens came", counts.accepted_tokens, counts.drafted_tokens)
 
 
 def check_ways(ways: Mapping[str, str | None]) -> None:

@@ -1,5 +1,5 @@
 """This project as a contestant: what its engine does, as whoever serves with it has it. Arguments: a checkpoint folder,
-a precision."""
+a precision, that of keys and values where it is another."""
 
 import resource
 import sys
@@ -17,7 +17,8 @@ from nemotron_h.machine import tune_memory
 
 tune_memory()  # as the command does
 # drafts off: of random weights the text goes round, which no text does
-language = load(sys.argv[1], precision=sys.argv[2], engine_config=EngineConfig(drafts="off"))
+folder, precision, keys_values = [*sys.argv[1:], "auto"][:3]
+language = load(folder, precision=precision, keys_values=keys_values, engine_config=EngineConfig(drafts="off"))
 model = language.model
 
 
