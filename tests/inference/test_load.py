@@ -205,7 +205,7 @@ def test_without_kernels_auto_takes_what_the_machine_multiplies_fast(
 ) -> None:
     measured(2e9, 100e9)
     assert load(folder).model.compute_dtype == torch.bfloat16  # kernels widen it
-    monkeypatch.setattr(room.scalars, "MISSING", "numba is not installed")
+    monkeypatch.setattr(room.compiler, "MISSING", "numba is not installed")
     measured(400e9, 170e9)
     assert load(folder).model.compute_dtype == torch.bfloat16
     measured(2e9, 100e9)

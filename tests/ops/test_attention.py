@@ -10,7 +10,7 @@ from nemotron_h.errors import ShapeError
 from nemotron_h.grid import BLOCK
 from nemotron_h.ops import attention
 from nemotron_h.ops.attention import attention_definition, attention_paged, attention_whole, keep_rows, rotate
-from nemotron_h.ops.jit.scalars import runs
+from nemotron_h.ops.jit.compiler import runs
 from nemotron_h.ops.segments import Segments
 from tests.compare import assert_near, double, seeded
 

@@ -12,7 +12,7 @@ from nemotron_h.errors import ShapeError
 from nemotron_h.ops import linear as room
 from nemotron_h.ops.jit import floats
 from nemotron_h.ops.jit.blocks import STREAMS
-from nemotron_h.ops.jit.scalars import MISSING
+from nemotron_h.ops.jit.compiler import MISSING
 from nemotron_h.ops.linear import AT_ONCE, Blocks, FewRows, few_rows, in_blocks, linear, packed
 from tests.compare import assert_near, seeded
 

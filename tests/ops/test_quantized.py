@@ -11,8 +11,8 @@ from torch import Tensor
 
 from nemotron_h.errors import ShapeError
 from nemotron_h.ops import quantized as room
+from nemotron_h.ops.jit.compiler import FEATURES
 from nemotron_h.ops.jit.nibbles import GROUP, SCALES
-from nemotron_h.ops.jit.scalars import FEATURES
 from nemotron_h.ops.quantized import MOST_INPUTS, Matrix, quantized_linear, quantized_linear_torch, rounded_rows
 from tests.compare import seeded
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import yaml  # type: ignore[import-untyped]
-from huggingface_hub import ModelCard, ModelCardData
 
 from nemotron_h.config.keys import short, shown
 from nemotron_h.errors import CheckpointError
@@ -32,6 +31,8 @@ def card(
     int4, where the matrices are so, and this program alone loads it.
     Raises: CheckpointError where the parent's card cannot be read.
     """
+    from huggingface_hub import ModelCardData  # late: it takes as long as numba, and who reads a checkpoint needs none
+
     stated = front_matter(parent_card) if parent_card is not None else {}
     licence = {key: stated[key] for key in LICENCE_KEYS if key in stated}
     base = parent if parent is not None and "/" in parent else stated.get("base_model")
@@ -55,6 +56,8 @@ def card(
 
 def front_matter(text: str) -> dict[str, Any]:
     """What a card states of LICENCE_KEYS and base_model: strings, or lists of them. Without front matter, nothing."""
+    from huggingface_hub import ModelCard  # late, as above
+
     whole, text = text, text.removeprefix("\ufeff").lstrip()[:MOST_CHARACTERS]
     if not text.startswith("---"):
         return {}

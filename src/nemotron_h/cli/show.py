@@ -80,7 +80,7 @@ def machine_facts() -> dict[str, Any]:
     from nemotron_h import machine
     from nemotron_h.cli.process import settle
     from nemotron_h.inference.load import AUTO, chosen_precision
-    from nemotron_h.ops.jit import linear, quads, scalars
+    from nemotron_h.ops.jit import compiler, linear, quads
 
     settle()  # as the verbs that compute do
     rates, memory = machine.matmul_rates(), machine.memory()
@@ -95,9 +95,9 @@ def machine_facts() -> dict[str, Any]:
         "bandwidth": machine.bandwidth(),
         "matmul": rates,
         "precision": chosen_precision(AUTO, torch.device("cpu")),
-        "kernels": scalars.MISSING or "compiled by numba",
-        "bfloat16": bfloat16(linear, kernels=not scalars.MISSING),
-        "integers": integers(quads, scalars.FEATURES),
+        "kernels": compiler.MISSING or "compiled by numba",
+        "bfloat16": bfloat16(linear, kernels=not compiler.MISSING),
+        "integers": integers(quads, compiler.FEATURES),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "torch": torch.__version__,
     }

@@ -29,7 +29,7 @@ from nemotron_h.inference.partings import partings
 from nemotron_h.inference.quantize import quantize, windows
 from nemotron_h.inference.request import Request, Update
 from nemotron_h.model.hybrid import Hybrid
-from nemotron_h.ops.jit import scalars
+from nemotron_h.ops.jit import compiler
 from nemotron_h.precision.weights import BITS
 from nemotron_h.text.tokenizer import TOKENIZER_FILE, Tokenizer, check_fits
 
@@ -304,7 +304,7 @@ def chosen_precision(asked: str, device: torch.device) -> str:
     """The precision asked for, or the better one; bfloat16 asked for by name where it is slow says by how much."""
     if asked == "float32":
         return asked
-    if device.type == "cpu" and not scalars.MISSING:
+    if device.type == "cpu" and not compiler.MISSING:
         return "bfloat16"  # kernels read half the bytes, and multiply them no slower than float32
     found = rates(device)
     if asked == AUTO:

@@ -28,7 +28,7 @@ from nemotron_h.model.linear import Linear
 from nemotron_h.model.mamba import Mamba
 from nemotron_h.model.state import Paging, State
 from nemotron_h.ops.conv import causal_conv
-from nemotron_h.ops.jit.scalars import said_once
+from nemotron_h.ops.jit.compiler import said_once
 from nemotron_h.ops.linear import MOST_ROWS
 from nemotron_h.ops.segments import Segments
 from nemotron_h.ops.ssd import ssd, ssd_recurrence

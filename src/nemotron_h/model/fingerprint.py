@@ -27,8 +27,8 @@ from nemotron_h.config.settings import to_mapping
 from nemotron_h.grid import BLOCK, CHUNK, DEPTH
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.model.linear import Linear, QuantizedLinear, plainly
+from nemotron_h.ops.jit import compiler, pairs, quads, scalars
 from nemotron_h.ops.jit import linear as few_rows
-from nemotron_h.ops.jit import pairs, quads, scalars
 from nemotron_h.ops.linear import Blocks, FewRows
 
 WORDS = 2**15  # of 32 bits, in one sum
@@ -145,8 +145,8 @@ def basis(model: Hybrid) -> dict[str, Any]:
         },
         "grid": {"chunk": CHUNK, "block": BLOCK, "depth": DEPTH},
         "kernels": {
-            "missing": scalars.MISSING,
-            **{name: None if scalars.MISSING else version(name) for name in ("numba", "llvmlite")},
+            "missing": compiler.MISSING,
+            **{name: None if compiler.MISSING else version(name) for name in ("numba", "llvmlite")},
             "lanes": scalars.LANES,
             "pairs": pairs.ADDS_PAIRS,
             "quads": quads.ADDS_QUADS,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from nemotron_h.ops.jit import rows as jit
-from nemotron_h.ops.jit.scalars import array, runs
+from nemotron_h.ops.jit.compiler import runs
+from nemotron_h.ops.jit.scalars import array
 from nemotron_h.ops.shapes import first_order, wants_gradient
 
 

@@ -25,8 +25,9 @@ from torch import Tensor
 from nemotron_h.errors import ShapeError
 from nemotron_h.grid import BLOCK, DEPTH, ROWS, round_up
 from nemotron_h.ops.jit import attention as jit
+from nemotron_h.ops.jit.compiler import runs
 from nemotron_h.ops.jit.pairs import ADDS_PAIRS
-from nemotron_h.ops.jit.scalars import array, f, runs
+from nemotron_h.ops.jit.scalars import array, f
 from nemotron_h.ops.segments import Segments
 from nemotron_h.ops.shapes import expect, wants_gradient
 

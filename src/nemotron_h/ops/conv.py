@@ -15,7 +15,8 @@ from torch import Tensor
 from nemotron_h.errors import ShapeError
 from nemotron_h.ops.activation import silu
 from nemotron_h.ops.jit import conv as jit
-from nemotron_h.ops.jit.scalars import STRIDE, array, lines, runs
+from nemotron_h.ops.jit.compiler import runs
+from nemotron_h.ops.jit.scalars import STRIDE, array, lines
 from nemotron_h.ops.segments import Segments
 from nemotron_h.ops.shapes import expect, first_order, wants_gradient
 

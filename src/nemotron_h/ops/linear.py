@@ -28,7 +28,8 @@ from nemotron_h.grid import DEPTH, ROWS, round_up
 from nemotron_h.ops.jit import floats
 from nemotron_h.ops.jit import linear as jit
 from nemotron_h.ops.jit.blocks import OUTS
-from nemotron_h.ops.jit.scalars import array, runs, said_once
+from nemotron_h.ops.jit.compiler import runs, said_once
+from nemotron_h.ops.jit.scalars import array
 from nemotron_h.ops.shapes import expect, wants_gradient
 
 AT_ONCE = 512  # rows that a matrix in blocks is multiplied by: their sums and a piece of them stay in a core's cache

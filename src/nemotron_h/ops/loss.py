@@ -16,7 +16,8 @@ from torch import Tensor
 
 from nemotron_h.errors import ShapeError
 from nemotron_h.ops.jit import loss as jit
-from nemotron_h.ops.jit.scalars import array, runs
+from nemotron_h.ops.jit.compiler import runs
+from nemotron_h.ops.jit.scalars import array
 from nemotron_h.ops.shapes import expect, first_order
 
 PIECE_BYTES = 192 * 2**20  # of logits at a time, were they float32

@@ -16,7 +16,8 @@ from torch import Tensor
 from nemotron_h.errors import ShapeError
 from nemotron_h.ops.activation import silu
 from nemotron_h.ops.jit import norm as jit
-from nemotron_h.ops.jit.scalars import STRIDE, array, f, lines, runs
+from nemotron_h.ops.jit.compiler import runs
+from nemotron_h.ops.jit.scalars import STRIDE, array, f, lines
 from nemotron_h.ops.shapes import expect, first_order, wants_gradient
 
 

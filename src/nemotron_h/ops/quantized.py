@@ -23,8 +23,9 @@ from nemotron_h.errors import ShapeError
 from nemotron_h.grid import round_up
 from nemotron_h.ops.jit import quantized as jit
 from nemotron_h.ops.jit.blocks import OUTS
+from nemotron_h.ops.jit.compiler import runs
 from nemotron_h.ops.jit.nibbles import GROUP, SCALES
-from nemotron_h.ops.jit.scalars import array, f, runs
+from nemotron_h.ops.jit.scalars import array, f
 from nemotron_h.ops.shapes import expect, wants_gradient
 
 LEVELS = {8: 127, 16: 32767}  # the largest of a row's codes, by their bits

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from nemotron_h.errors import ShapeError
 from nemotron_h.ops.jit import rounding as jit
+from nemotron_h.ops.jit.compiler import runs
 from nemotron_h.ops.jit.nibbles import GROUP, SCALES
-from nemotron_h.ops.jit.scalars import LANES, array, f, runs
+from nemotron_h.ops.jit.scalars import LANES, array, f
 from nemotron_h.ops.quantized import LEAST, Matrix
 from nemotron_h.ops.shapes import expect
 

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from nemotron_h.errors import ShapeError
 from nemotron_h.ops.jit import rows as jit
-from nemotron_h.ops.jit.scalars import array, runs
+from nemotron_h.ops.jit.compiler import runs
+from nemotron_h.ops.jit.scalars import array
 from nemotron_h.ops.shapes import expect, wants_gradient
 
 

@@ -27,7 +27,8 @@ from torch import Tensor
 from nemotron_h.errors import ShapeError
 from nemotron_h.grid import CHUNK
 from nemotron_h.ops.jit import ssd as jit
-from nemotron_h.ops.jit.scalars import array, runs
+from nemotron_h.ops.jit.compiler import runs
+from nemotron_h.ops.jit.scalars import array
 from nemotron_h.ops.segments import Segments
 from nemotron_h.ops.shapes import expect, first_order, wants_gradient
 

@@ -14,7 +14,8 @@ from nemotron_h.errors import ShapeError
 from nemotron_h.grid import CHUNK
 from nemotron_h.ops.activation import softplus
 from nemotron_h.ops.jit import steps as jit
-from nemotron_h.ops.jit.scalars import array, f, lines, runs
+from nemotron_h.ops.jit.compiler import runs
+from nemotron_h.ops.jit.scalars import array, f, lines
 from nemotron_h.ops.segments import Segments
 from nemotron_h.ops.shapes import expect, first_order, wants_gradient
 

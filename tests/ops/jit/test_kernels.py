@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from nemotron_h.ops.jit import kernels, scalars
+from nemotron_h.ops.jit import compiler, kernels
 
 pytest.importorskip("numba")
 
@@ -62,7 +62,7 @@ def test_torchs_own_threads_are_found_here() -> None:
 
 def test_where_they_are_out_of_reach_one_thread_does_it_all_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "SHARED", False)
-    scalars.said_once.cache_clear()
+    compiler.said_once.cache_clear()
     visits, ranges = np.zeros(64, np.int64), np.zeros(64, np.int64)
     with pytest.warns(UserWarning, match="torch's threads are out of reach"):
         visit(64, visits, ranges)
@@ -122,7 +122,7 @@ def test_without_a_folder_to_write_to_kernels_are_compiled_all_the_same_and_that
         return real(*functions, **options)
 
     monkeypatch.setattr(kernels.numba, "njit", nowhere)
-    scalars.said_once.cache_clear()
+    compiler.said_once.cache_clear()
     with pytest.warns(UserWarning, match="cannot be kept on disk here"):
         launch = kernels.launcher(visit.__wrapped__)
     visits, ranges = np.zeros(8, np.int64), np.zeros(8, np.int64)

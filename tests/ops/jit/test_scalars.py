@@ -64,16 +64,3 @@ def test_every_bfloat16_widens_exactly() -> None:
     real = ~want.isnan().numpy()
     assert np.array_equal(got[real], want.numpy()[real])
     assert np.isnan(got[~real]).all()
-
-
-def test_kernels_run_on_cpu_floats_and_say_once_when_they_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
-    float32, bfloat16 = torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16)
-    assert scalars.runs(float32, bfloat16)
-    assert not scalars.runs(float32, float32.double())
-    assert not scalars.runs(float32.to("meta"))
-    monkeypatch.setattr(scalars, "numba", None)
-    monkeypatch.setattr(scalars, "MISSING", "numba is not installed")
-    scalars.said_once.cache_clear()
-    with pytest.warns(UserWarning, match="numba is not installed: the torch definitions run"):
-        assert not scalars.runs(float32)
-    assert not scalars.runs(float32)  # said once: a second warning would be an error here

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from nemotron_h.ops.jit.compiler import compile_once, piece
 from nemotron_h.ops.jit.kernels import kernel
 from nemotron_h.ops.jit.lanes import top, total
 from nemotron_h.ops.jit.pairs import load_pairs
-from nemotron_h.ops.jit.scalars import LANES, compile_once, exp, f, piece, read, to_bfloat16, u, write
+from nemotron_h.ops.jit.scalars import LANES, exp, f, read, to_bfloat16, u, write
 from nemotron_h.ops.jit.tiles import HEIGHT, add_product, clear, load_rows
 
 

@@ -9,7 +9,7 @@ they read a block at STREAMS places side by side, which memory serves faster tha
 from collections.abc import Callable
 from typing import Any
 
-from nemotron_h.ops.jit.scalars import compile_once, numba, piece
+from nemotron_h.ops.jit.compiler import compile_once, numba, piece
 
 OUTS = 64  # outputs of a block
 LINE = 16  # words of a line of the cache

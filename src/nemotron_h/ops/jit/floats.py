@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from nemotron_h.ops.jit.blocks import OUTS, STREAMS
+from nemotron_h.ops.jit.compiler import FEATURES, compile_once, inline, numba, piece
 from nemotron_h.ops.jit.kernels import kernel
-from nemotron_h.ops.jit.scalars import FEATURES, compile_once, f, inline, numba, piece, read, u, write
+from nemotron_h.ops.jit.scalars import f, read, u, write
 from nemotron_h.ops.jit.tiles import clear, zeros
 
 CHAIN = 1024  # inputs: rounding errors of longer chains would show in float32

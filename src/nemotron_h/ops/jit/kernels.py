@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nemotron_h.ops.jit.scalars import numba, said_once
+from nemotron_h.ops.jit.compiler import numba, piece, said_once
 
 ENTRY, BARRIER = "GOMP_parallel", "GOMP_barrier"
 SHARES = 8  # times that a thread comes for tasks, or more, where there are enough of them
@@ -157,16 +157,15 @@ if numba is not None:
         """function(start, stop, ...) as compiled code of (keep, count, threads, some, ...), kept on disk beside the
         kernel's file under a name that says which sources it was made from. keep: an address that gets the launch, to
         be run again, or 0; it returns that of what runs one."""
-        task = numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
         name = f"{function.__name__}_{sources()}"
-        namespace: dict[str, Any] = {"__name__": function.__module__, "share": share, "task": task}
+        namespace: dict[str, Any] = {"__name__": function.__module__, "share": share, "task": piece(function)}
         given = "keep, count, threads, some, "
         source = f"def {name}({given}*rest):\n    return share(task, {given}rest)\n"
         exec(compile(source, function.__code__.co_filename, "exec"), namespace)
         return kept_on_disk(namespace[name])
 
     def kept_on_disk(function: Callable[..., Any]) -> Any:
-        compiled = functools.partial(numba.njit, error_model="numpy", nogil=True)
+        compiled = functools.partial(numba.njit, error_model="numpy", nogil=True, no_cfunc_wrapper=True)
         try:
             return compiled(cache=True)(function)
         except RuntimeError:  # numba found no folder to write to

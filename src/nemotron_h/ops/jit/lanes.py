@@ -10,7 +10,8 @@ a and b one-dimensional float32, contiguous; what does not fill LANES at the end
 from collections.abc import Callable
 from typing import Any
 
-from nemotron_h.ops.jit.scalars import LANES, f, numba, piece, u
+from nemotron_h.ops.jit.compiler import numba, piece
+from nemotron_h.ops.jit.scalars import LANES, f, u
 
 if numba is not None:
     import numpy as np

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from nemotron_h.ops.jit.blocks import LINE, OUTS
+from nemotron_h.ops.jit.compiler import FEATURES, numba
 from nemotron_h.ops.jit.kernels import kernel
 from nemotron_h.ops.jit.pairs import ADDS_PAIRS
-from nemotron_h.ops.jit.scalars import FEATURES, numba, to_bfloat16, u
+from nemotron_h.ops.jit.scalars import to_bfloat16, u
 from nemotron_h.ops.jit.tiles import clear
 
 VECTOR = 16  # sums of a vector

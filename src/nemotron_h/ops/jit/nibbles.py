@@ -11,7 +11,7 @@ from typing import Any
 
 from nemotron_h.ops.jit import quads
 from nemotron_h.ops.jit.blocks import OUTS
-from nemotron_h.ops.jit.scalars import FEATURES, numba
+from nemotron_h.ops.jit.compiler import FEATURES, numba
 
 GROUP = 16  # inputs of an output that share a scale
 DEEP = GROUP // 8  # words of a group, two quads each

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from nemotron_h.ops.jit.scalars import FEATURES, compile_once, numba, piece, u
+from nemotron_h.ops.jit.compiler import FEATURES, compile_once, numba, piece
+from nemotron_h.ops.jit.scalars import u
 
 ADDS_PAIRS = FEATURES.get("avx512bf16", False)  # has this CPU the instruction?
 if numba is not None:

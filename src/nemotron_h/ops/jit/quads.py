@@ -8,7 +8,7 @@ All are exact, so all have the same bits.
 
 from typing import Any
 
-from nemotron_h.ops.jit.scalars import FEATURES, numba
+from nemotron_h.ops.jit.compiler import FEATURES, numba
 
 ADDS_QUADS = FEATURES.get("avx512vnni", False) or FEATURES.get("avxvnni", False)  # has this CPU the instruction?
 WIDE = FEATURES.get("avx512vnni", False) and FEATURES.get("avx512f", False)  # for 16 sums at a time, or for 8?

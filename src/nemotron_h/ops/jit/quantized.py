@@ -12,10 +12,11 @@ import numpy as np
 
 from nemotron_h.ops.jit import quads
 from nemotron_h.ops.jit.blocks import LINE, OUTS, STREAMS
+from nemotron_h.ops.jit.compiler import compile_once, numba, piece
 from nemotron_h.ops.jit.kernels import kernel
 from nemotron_h.ops.jit.nibbles import DEEP, GROUP
 from nemotron_h.ops.jit.nibbles import STREAMS as GROUPS
-from nemotron_h.ops.jit.scalars import compile_once, f, numba, piece, read, u, write
+from nemotron_h.ops.jit.scalars import f, read, u, write
 
 LEAST = f(2.0**-100)  # a row whose largest number is under this is nothing
 NEAR = 64  # words of a block that all rows are multiplied by before the next ones

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from nemotron_h.ops.jit.compiler import compile_once, numba, piece
 from nemotron_h.ops.jit.kernels import kernel
 from nemotron_h.ops.jit.nibbles import GROUP, SCALES
 from nemotron_h.ops.jit.quantized import LEAST
-from nemotron_h.ops.jit.scalars import LANES, compile_once, f, numba, piece, u
+from nemotron_h.ops.jit.scalars import LANES, f, u
 
 ALL = np.array(SCALES, np.float32)
 

@@ -1,61 +1,25 @@
-"""What the kernels share: bfloat16 as 16 bits, an exp of multiplies and adds, and when a kernel can run.
+"""What the kernels share: bfloat16 as 16 bits, and an exp of multiplies and adds.
 
 Every lane of a vector and every tail computes the same operations, so a value's bits do not depend on its place.
 """
 
-import platform
-import warnings
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-FEATURES: dict[str, bool] = {}  # of this CPU, those that code made by numba may use
-MISSING = ""  # what keeps kernels from running here
-try:
-    import llvmlite.binding
-    import numba
+from nemotron_h.ops.jit.compiler import inline, numba
+
+if numba is not None:
     from llvmlite import ir
     from numba import types
     from numba.extending import intrinsic, overload
-
-    # told to compile for another CPU than this one, or without AVX, LLVM ends the process over what that has not
-    if numba.config.CPU_NAME or numba.config.CPU_FEATURES:
-        named = (numba.config.CPU_FEATURES or "").split(",")
-        FEATURES = {name.removeprefix("+"): True for name in named if name.startswith("+")}
-    elif numba.config.ENABLE_AVX:
-        FEATURES = dict(llvmlite.binding.get_host_cpu_features())
-    if numba.config.DISABLE_JIT:
-        MISSING = "NUMBA_DISABLE_JIT is set"
-    elif platform.machine() in ("x86_64", "AMD64") and not llvmlite.binding.get_host_cpu_features().get("fma"):
-        MISSING = "this CPU has no fused multiply-add"  # without it a kernel is slower than torch
-except ImportError:
-    MISSING = "numba is not installed"
-if MISSING:  # the torch definitions run; said once, by `runs`
-    numba, FEATURES = None, {}
 
 f = np.float32
 u = np.uintp  # of an index: one that might be negative is looked at for each element, and no loop becomes vector code
 LANES = 16  # partial sums of a long sum, and columns of a product: one order, whatever the vector width
 STRIDE = 64  # rows of one part of a gradient that is summed over rows
-
-
-@cache
-def said_once(reason: str) -> None:
-    warnings.warn(reason, stacklevel=3)
-
-
-def runs(*tensors: Tensor) -> bool:
-    """Can kernels take these tensors? On the CPU, in float32 or bfloat16, where numba can compile for it."""
-    if any(t.device.type != "cpu" or t.dtype not in (torch.float32, torch.bfloat16) for t in tensors):
-        return False
-    if numba is None:
-        said_once(f"{MISSING}: the torch definitions run instead of the CPU kernels, slower")
-        return False
-    return True
 
 
 def array(tensor: Tensor) -> Any:
@@ -73,18 +37,6 @@ def lines(tensor: Tensor) -> tuple[Any, int]:
     rows, columns = tensor.shape
     step = tensor.stride(0)
     return array(tensor.as_strided(((rows - 1) * step + columns,), (1,))), step
-
-
-def inline(function: Callable[..., Any]) -> Any:
-    """A formula within a kernel."""
-    return function if numba is None else numba.njit(inline="always", error_model="numpy")(function)
-
-
-def piece(function: Callable[..., Any]) -> Any:
-    """A function that kernels call."""
-    if numba is None:
-        return function
-    return numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
 
 
 if numba is not None:
@@ -119,28 +71,6 @@ if numba is not None:
             return context.get_dummy_value()
 
         return types.void(), generate
-
-    @intrinsic  # type: ignore[untyped-decorator]
-    def _alone(typing):  # type: ignore[no-untyped-def]
-        def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            builder.function.attributes.add("noinline")
-            return context.get_dummy_value()
-
-        return types.void(), generate
-
-
-def compile_once() -> None:
-    """Said in a piece: callers call it, instead of each compiling a copy of its own, which takes seconds."""
-
-
-if numba is not None:
-
-    @overload(compile_once, inline="always")  # type: ignore[untyped-decorator]
-    def _compile_once():  # type: ignore[no-untyped-def]
-        def call():  # type: ignore[no-untyped-def]
-            _alone()
-
-        return call
 
 
 @inline

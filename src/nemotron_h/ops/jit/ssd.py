@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from nemotron_h.ops.jit.compiler import compile_once, inline, piece
 from nemotron_h.ops.jit.kernels import kernel
-from nemotron_h.ops.jit.scalars import compile_once, exp, f, inline, piece, read, u
+from nemotron_h.ops.jit.scalars import exp, f, read, u
 from nemotron_h.ops.jit.tiles import (
     HEIGHT,
     LANES,

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from nemotron_h.ops.jit.scalars import FEATURES, LANES, compile_once, f, numba, piece, read, write
+from nemotron_h.ops.jit.compiler import FEATURES, compile_once, numba, piece
+from nemotron_h.ops.jit.scalars import LANES, f, read, write
 
 HEIGHT = 4
 WIDEST = 4 * LANES if FEATURES.get("avx512f", False) else LANES  # as far as there are registers
