@@ -31,7 +31,7 @@ def card(
     int4, where the matrices are so, and this program alone loads it.
     Raises: CheckpointError where the parent's card cannot be read.
     """
-    from huggingface_hub import ModelCardData  # late: it takes as long as numba, and who reads a checkpoint needs none
+    from huggingface_hub import ModelCardData  # noqa: PLC0415 - who reads no card does not wait for it
 
     stated = front_matter(parent_card) if parent_card is not None else {}
     licence = {key: stated[key] for key in LICENCE_KEYS if key in stated}
@@ -56,7 +56,7 @@ def card(
 
 def front_matter(text: str) -> dict[str, Any]:
     """What a card states of LICENCE_KEYS and base_model: strings, or lists of them. Without front matter, nothing."""
-    from huggingface_hub import ModelCard  # late, as above
+    from huggingface_hub import ModelCard  # noqa: PLC0415 - as above
 
     whole, text = text, text.removeprefix("\ufeff").lstrip()[:MOST_CHARACTERS]
     if not text.startswith("---"):
