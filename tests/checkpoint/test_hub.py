@@ -188,6 +188,11 @@ def test_the_cache_is_listed(hub: StubHub) -> None:
     assert second.size_bytes == 2 + 1000
 
 
+def test_to_load_a_model_waits_for_no_library_of_the_hubs() -> None:
+    code = "import sys, nemotron_h.inference.load; assert 'huggingface_hub' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_path_needs_no_http(tmp_path: Path) -> None:
     code = f"""
 import sys

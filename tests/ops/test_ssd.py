@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nemotron_h.errors import ShapeError
 from nemotron_h.grid import CHUNK
+from nemotron_h.ops.jit.compiler import MISSING
 from nemotron_h.ops.segments import Segments
 from nemotron_h.ops.ssd import Past, keep_inputs, ssd, ssd_recurrence
 from tests.compare import assert_near, double, seeded
@@ -253,10 +254,10 @@ def test_what_decays_at_once_stays_finite() -> None:
         assert_near(value, exact_value, 1e-4)
 
 
+@pytest.mark.skipif(bool(MISSING), reason=f"kernels cannot run: {MISSING}")
 def test_what_has_faded_is_nothing() -> None:
     """dt A of -1.5 a token, and only the first one says anything: what is left of it gets smaller than the smallest
     number of float32's full precision. Such numbers would make a CPU slow, and say nothing."""
-    pytest.importorskip("numba")
     inputs, A = Inputs.random(130, seed=7), torch.full((H,), -15.0)
     inputs.dt.fill_(0.1)
     inputs.x[1:], inputs.B[1:] = 0.0, 0.0
@@ -264,7 +265,7 @@ def test_what_has_faded_is_nothing() -> None:
     assert state is not None
     leaves = [t.clone().requires_grad_() for t in (inputs.x, inputs.dt, inputs.B, inputs.C)]
     (again,), _ = chunked([Inputs(*leaves)], [0], A, None)
-    gradients = torch.autograd.grad(again[:100].sum(), leaves)
+    gradients = torch.autograd.grad(again.sum(), leaves)
     for value in (y, state, *gradients):
         assert not ((value != 0) & (value.abs() < torch.finfo(torch.float32).tiny)).any()
     want, _ = defined(inputs, A, torch.zeros(H, P, N))

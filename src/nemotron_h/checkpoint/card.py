@@ -31,7 +31,7 @@ def card(
     int4, where the matrices are so, and this program alone loads it.
     Raises: CheckpointError where the parent's card cannot be read.
     """
-    from huggingface_hub import ModelCardData  # noqa: PLC0415 - who reads no card does not wait for it
+    from huggingface_hub import ModelCardData  # noqa: PLC0415 - who loads a model does not wait for it
 
     stated = front_matter(parent_card) if parent_card is not None else {}
     licence = {key: stated[key] for key in LICENCE_KEYS if key in stated}

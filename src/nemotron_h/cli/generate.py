@@ -97,7 +97,7 @@ def generate(
         pieces = model.stream(text, max_tokens=max_tokens, sampling=sampling, stop=stop or (), ignore_end=ignore_end)
         show(pieces, as_json=as_json)
     if (counts := model.engine.counts).drafted_tokens:
-        LOG.info("%d of %d drafted tokens came", counts.accepted_tokens, counts.drafted_tokens)
+        LOG.info("%s", f"{counts.accepted_tokens:,} of {counts.drafted_tokens:,} drafted tokens came")
 
 
 def check_ways(ways: Mapping[str, str | None]) -> None:

@@ -13,7 +13,7 @@ and the boundary moves on once, when the next chunk begins:
 A row is always the same sums in the same order, against the places of its chunk, whether it is read among others or
 generated alone: that is what makes the bits independent of how a prompt was cut. A decode step is a chunk with few new
 rows, replayed from the boundary; it reads the state and does not write it, but at the one row in CHUNK that begins the
-next chunk.
+next chunk. The kernel takes a decay below e^-60 for nothing, which the torch form does not.
 
 Source: Dao and Gu 2024, arXiv:2405.21060, section 6 for the chunked form.
 """

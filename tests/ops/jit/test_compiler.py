@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nemotron_h.ops.jit import compiler
+from nemotron_h.ops.jit import compiler, floats, quantized
 
 numba = pytest.importorskip("numba")
 
@@ -24,8 +24,9 @@ def test_a_piece_is_machine_code_only_within_what_calls_it() -> None:
     (made,) = _halved.overloads.values()
     (caller,) = _halvings.overloads.values()
     name = made.fndesc.llvm_func_name
-    assert not made.library.codegen._codegen._engine.is_symbol_defined(name)
-    assert caller.library.get_pointer_to_function(caller.fndesc.llvm_cpython_wrapper_name)
+    engine = caller.library._codegen._engine
+    assert engine.is_symbol_defined(caller.fndesc.llvm_func_name)
+    assert not engine.is_symbol_defined(name)
 
 
 def test_kernels_run_on_cpu_floats_and_say_once_when_they_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,3 +40,9 @@ def test_kernels_run_on_cpu_floats_and_say_once_when_they_cannot(monkeypatch: py
     with pytest.warns(UserWarning, match="numba is not installed: the torch definitions run"):
         assert not compiler.runs(float32)
     assert not compiler.runs(float32)  # said once: a second warning would be an error here
+
+
+def test_no_two_pieces_have_one_name() -> None:
+    """Machine code that is kept on disk names them so: of two of one name, a process would run the first it meets."""
+    rooms = (floats.add_many, floats.add_few, floats.add_few_pairs, quantized.add_many, quantized.add_few)
+    assert len({made.py_func.__qualname__ for made in rooms}) == len(rooms)

@@ -27,6 +27,13 @@ def test_they_equal_numpys(first: int, last: int) -> None:
     assert top == (some.max() if len(some) else -np.inf)
 
 
+def test_the_largest_is_found_wherever_it_stands() -> None:
+    for place in range(40):
+        a = -(normal(40, 0) ** 2) - 1
+        a[place] = -0.5
+        assert all_three(a, a, 0, 40)[2] == np.float32(-0.5)
+
+
 def test_the_bits_do_not_depend_on_where_a_stretch_begins() -> None:
     a, b = normal(300, 2), normal(300, 3)
     want = all_three(a, b, 0, 200)

@@ -64,3 +64,9 @@ def test_every_bfloat16_widens_exactly() -> None:
     real = ~want.isnan().numpy()
     assert np.array_equal(got[real], want.numpy()[real])
     assert np.isnan(got[~real]).all()
+
+
+def test_exponentials_take_the_widest_vectors() -> None:
+    _exps(np.zeros(1, np.float32), np.zeros(1, np.float32))
+    (text,) = _exps.inspect_llvm().values()
+    assert '"prefer-vector-width"="512"' in text

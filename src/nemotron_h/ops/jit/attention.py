@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nemotron_h.ops.jit.compiler import compile_once, piece
+from nemotron_h.ops.jit.compiler import one_copy, piece
 from nemotron_h.ops.jit.kernels import kernel
 from nemotron_h.ops.jit.lanes import top, total
 from nemotron_h.ops.jit.pairs import load_pairs
@@ -45,7 +45,7 @@ def attend(
             for c in range(d):
                 queries[i, c] = read(q, row + i // group, column + c)
             tops[i], sums[i] = -np.inf, f(0)
-        clear(attended)
+        clear(attended[:m])
         for block in range(first // size + 1):
             page = table[owner[part], block] * heads + head
             for i in range(m):
@@ -96,7 +96,7 @@ def attend_pairs(
             for c in range(d // 2):
                 queries[i, c] = q[row + i // group, column + c]
             tops[i], sums[i] = -np.inf, f(0)
-        clear(attended)
+        clear(attended[:m])
         for block in range(first // size + 1):
             page = table[owner[part], block] * heads + head
             for i in range(m):
@@ -158,7 +158,7 @@ def keep_rounded(
 @piece
 def code(x, scale, levels):  # type: ignore[no-untyped-def]
     """x in int8, nearest; 0 of what is no number, whose scale says so."""
-    compile_once()
+    one_copy()
     steps = np.rint(x / scale) if scale > 0 and not np.isnan(x) else f(0)
     return np.int8(min(max(steps, -levels), levels))
 
@@ -166,7 +166,7 @@ def code(x, scale, levels):  # type: ignore[no-untyped-def]
 @piece
 def largest(rows, t, column, count):  # type: ignore[no-untyped-def]
     """The largest magnitude in a part of a row; NaN where there is one."""
-    compile_once()
+    one_copy()
     found = f(0)
     for c in range(count):
         size = abs(read(rows, t, column + c))
@@ -177,7 +177,7 @@ def largest(rows, t, column, count):  # type: ignore[no-untyped-def]
 @piece
 def times(scores, begin, end, seen, scales):  # type: ignore[no-untyped-def]
     """scores[i, j] *= scales[j], of what row i sees"""
-    compile_once()
+    one_copy()
     for i in range(begin, end):
         for j in range(seen[i]):
             scores[i, j] *= scales[j]
@@ -186,7 +186,7 @@ def times(scores, begin, end, seen, scales):  # type: ignore[no-untyped-def]
 @piece
 def narrow(halves, scores, begin, end, width):  # type: ignore[no-untyped-def]
     """The first numbers of these rows as bfloat16 bits."""
-    compile_once()
+    one_copy()
     for i in range(begin, end):
         for j in range(width):
             halves[u(i), u(j)] = to_bfloat16(scores[u(i), u(j)])
@@ -195,7 +195,7 @@ def narrow(halves, scores, begin, end, width):  # type: ignore[no-untyped-def]
 @piece
 def score(scores, begin, end, width, queries, keys):  # type: ignore[no-untyped-def]
     """scores[i, :width] = queries[i] . keys, begin <= i < end"""
-    compile_once()
+    one_copy()
     for i in range(begin, end):
         for j in range(width):
             scores[i, j] = f(0)
@@ -206,7 +206,7 @@ def score(scores, begin, end, width, queries, keys):  # type: ignore[no-untyped-
 def weigh(scores, begin, end, scale, seen, width, tops, sums, out):  # type: ignore[no-untyped-def]
     """These rows' scores of a block, to be scaled, become weights by the largest score so far; what was summed before,
     too."""
-    compile_once()
+    one_copy()
     size, line = scores.shape[1], scores.reshape(-1)
     for i in range(begin, end):
         largest = max(tops[i], top(line, i * size, i * size + seen[i]))

@@ -9,7 +9,7 @@ they read a block at STREAMS places side by side, which memory serves faster tha
 from collections.abc import Callable
 from typing import Any
 
-from nemotron_h.ops.jit.compiler import compile_once, numba, piece
+from nemotron_h.ops.jit.compiler import numba, one_copy, piece
 
 OUTS = 64  # outputs of a block
 LINE = 16  # words of a line of the cache
@@ -102,9 +102,8 @@ if numba is not None:
         two, three, four = (block_sums(rows, width, of_sums, add, streams) for rows in (2, 3, 4))
         most = block_sums(height, width, of_sums, add, streams) if height > SMALL else four
 
-        @piece
         def go_on(x, step, weights, first, begin, end, asked, ahead, apart, turn, sums):  # type: ignore[no-untyped-def]
-            compile_once()
+            one_copy()
             rows, last = sums.shape[0], len(asked) - (end - begin) * LINE
             row = 0
             while row < rows:
@@ -125,4 +124,6 @@ if numba is not None:
                             most(x, step, weights, first, begin, end, asked, soon, sums, row, column)
                 row, turn = row + taken, turn + 1
 
-        return go_on
+        # numba names what it makes of a function by this, and what is kept on disk meets what other processes made
+        go_on.__qualname__ = f"go_on_{add.__name__}_{width}_{height}_{streams}"
+        return piece(go_on)

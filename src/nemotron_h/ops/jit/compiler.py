@@ -1,7 +1,7 @@
 """When kernels can be compiled here, and what a function within one is.
 
-A function within a kernel is compiled with the kernel: numba by itself would optimise it and make machine code of it
-alone too, once more in each function that calls it, and a first use took half as long again.
+A piece of a kernel is compiled with the kernel. numba by itself would optimise each piece alone and make machine code
+of it, which nothing runs, and then once more in each function that calls it: a first use would take longer.
 """
 
 import platform
@@ -32,8 +32,10 @@ try:
         MISSING = "NUMBA_DISABLE_JIT is set"
     elif platform.machine() in ("x86_64", "AMD64") and not llvmlite.binding.get_host_cpu_features().get("fma"):
         MISSING = "this CPU has no fused multiply-add"  # without it a kernel is slower than torch
-except ImportError:
-    MISSING = "numba is not installed"
+except ModuleNotFoundError as error:
+    MISSING = f"{error.name} is not installed"
+except ImportError as error:  # a numba that cannot be used beside this numpy says so
+    MISSING = f"numba cannot be imported ({' '.join(str(error).split()):.200})"
 if MISSING:  # the torch definitions run; said once, by `runs`
     numba, FEATURES = None, {}
 
@@ -59,22 +61,21 @@ def inline(function: Callable[..., Any]) -> Any:
 
 
 def piece(function: Callable[..., Any]) -> Any:
-    """A function that kernels call."""
+    """A function that kernels call, and nothing else does: it is no code by itself."""
     if numba is None:
         return function
-    return numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, pipeline_class=Piece)(
-        function
-    )
+    within = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "pipeline_class": PieceCompiler}
+    return numba.njit(error_model="numpy", **within)(function)
 
 
-def compile_once() -> None:
-    """Said in a piece: callers call it, instead of each compiling a copy of its own, which takes seconds."""
+def one_copy() -> None:
+    """Said in a piece: its calls within a kernel share one copy; in each call's place, it would take seconds more."""
 
 
 if numba is not None:
 
-    class Code(JITCodeLibrary):  # type: ignore[misc]
-        """What numba made of a piece, as LLVM was given it: callers link it, and nothing runs it by itself."""
+    class Unfinished(JITCodeLibrary):  # type: ignore[misc]
+        """What numba made of a piece, as LLVM was given it: its callers link it, and optimise it with themselves."""
 
         def _optimize_functions(self, module: Any) -> None:
             module.data_layout = self._codegen._data_layout
@@ -87,18 +88,19 @@ if numba is not None:
             self._finalized = True
 
         def get_pointer_to_function(self, name: str) -> int:
-            return 0  # none
+            return 0  # it has none
 
         @property
-        def codegen(self) -> "Code":
-            return self  # of which numba asks:
+        def codegen(self) -> "Unfinished":
+            """What numba gives the Python objects of a function to, by `set_env`."""
+            return self
 
         def set_env(self, name: str, env: Any) -> None:
-            """Nothing: only code that runs has Python objects."""
+            """Nothing: only code that runs has some."""
 
-    class Piece(Compiler):  # type: ignore[misc]
+    class PieceCompiler(Compiler):  # type: ignore[misc]
         def __init__(self, typing: Any, target: Any, library: Any, *rest: Any) -> None:
-            super().__init__(typing, target, Code(target.codegen(), "piece"), *rest)
+            super().__init__(typing, target, Unfinished(target.codegen(), "piece"), *rest)
 
     @intrinsic  # type: ignore[untyped-decorator]
     def _alone(typing):  # type: ignore[no-untyped-def]
@@ -108,8 +110,8 @@ if numba is not None:
 
         return numba.types.void(), generate
 
-    @overload(compile_once, inline="always")  # type: ignore[untyped-decorator]
-    def _compile_once():  # type: ignore[no-untyped-def]
+    @overload(one_copy, inline="always")  # type: ignore[untyped-decorator]
+    def _one_copy():  # type: ignore[no-untyped-def]
         def call():  # type: ignore[no-untyped-def]
             _alone()
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from nemotron_h.ops.jit.blocks import OUTS, STREAMS
-from nemotron_h.ops.jit.compiler import FEATURES, compile_once, inline, numba, piece
+from nemotron_h.ops.jit.compiler import FEATURES, inline, numba, one_copy, piece
 from nemotron_h.ops.jit.kernels import kernel
 from nemotron_h.ops.jit.scalars import f, read, u, write
 from nemotron_h.ops.jit.tiles import clear, zeros
@@ -61,7 +61,7 @@ def word_at(place, part):  # type: ignore[no-untyped-def]
 @piece
 def end_chain(totals, sums):  # type: ignore[no-untyped-def]
     """totals += sums, which begin anew."""
-    compile_once()
+    one_copy()
     for i in range(sums.shape[0]):
         for j in range(OUTS):
             totals[u(i), u(j)] += sums[u(i), u(j)]
@@ -71,7 +71,7 @@ def end_chain(totals, sums):  # type: ignore[no-untyped-def]
 @piece
 def store_block(out, task, totals):  # type: ignore[no-untyped-def]
     """The block's outputs; totals begin anew."""
-    compile_once()
+    one_copy()
     for i in range(totals.shape[0]):
         for j in range(min(OUTS, out.shape[1] - task * OUTS)):
             write(out, i, task * OUTS + j, totals[u(i), u(j)])
@@ -141,7 +141,7 @@ def in_order(start: Any, stop: Any, x: Any, inputs: Any, words: Any, ordered: An
 @piece
 def load_words(tile, words, chain, part, place, count, inputs):  # type: ignore[no-untyped-def]
     """tile: so many words of a chain from a place in that order on, as float32; chain: where its words begin."""
-    compile_once()
+    one_copy()
     for k in range(count):
         first = chain + word_at(place + k, part) * OUTS
         if inputs == 1:

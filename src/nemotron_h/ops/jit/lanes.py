@@ -1,6 +1,6 @@
-"""Sums and the largest of a stretch of a row, in LANES partial results that are joined first to last: one order,
-whatever the vector width. A loop over an array of partial results would store it for each vector; here they stay in a
-register.
+"""Sums and the largest of a stretch of a row, in LANES partial results. Sums are joined first to last: one order,
+whatever the vector width; the largest by halves, which has the same value in any order. A loop over an array of partial
+results would store it for each vector; here they stay in a register.
 
     dot(a, b, first, last)      sum of a * b        total(a, first, last)      top(a, first, last)
 
@@ -22,11 +22,9 @@ if numba is not None:
 
     VECTOR = ir.VectorType(ir.FloatType(), LANES)
 
-    def over_vectors(
-        count: int, begin: float, join: Callable[[Any, Any, list[Any]], Any], *, halved: bool = False
-    ) -> Any:
-        """For numba: the partial results of join(builder, partial, vectors) over whole vectors of so many arrays from
-        first to before last. halved: they are joined, half by half, for what has the same bits in any order."""
+    def over_vectors(begin: float, join: Callable[[Any, Any, list[Any]], Any], *, halved: bool = False) -> Any:
+        """For numba: the partial results of join(builder, partial, vectors) over whole vectors of the arrays from first
+        to before last. halved: they are joined, half by half, to one."""
 
         @intrinsic  # type: ignore[untyped-decorator]
         def partial(typing, arrays, first, last):  # type: ignore[no-untyped-def]
@@ -47,13 +45,13 @@ if numba is not None:
                         loaded.align = 4  # that of a float32: stretches begin anywhere
                         vectors.append(loaded)
                     builder.store(join(builder, builder.load(found), vectors), found)
-                whole, count = builder.load(found), LANES
-                while halved and count > 1:
-                    count //= 2
-                    upper = [count + lane % count for lane in range(LANES)]
+                whole, left = builder.load(found), LANES
+                while halved and left > 1:
+                    left //= 2
+                    upper = [left + lane % left for lane in range(LANES)]
                     upper = ir.Constant(ir.VectorType(ir.IntType(32), LANES), upper)
                     whole = join(builder, whole, [builder.shuffle_vector(whole, whole, upper)])
-                lanes = [builder.extract_element(whole, ir.IntType(32)(lane)) for lane in range(count)]
+                lanes = [builder.extract_element(whole, ir.IntType(32)(lane)) for lane in range(left)]
                 return context.make_tuple(builder, signature.return_type, lanes)
 
             return types.UniTuple(types.float32, 1 if halved else LANES)(arrays, first, last), generate
@@ -72,9 +70,9 @@ if numba is not None:
         return builder.select(builder.fcmp_ordered(">", vectors[0], partial), vectors[0], partial)
 
     sums, products, tops = (
-        over_vectors(1, 0.0, _add),
-        over_vectors(2, 0.0, _add_product),
-        over_vectors(1, -np.inf, _larger, halved=True),
+        over_vectors(0.0, _add),
+        over_vectors(0.0, _add_product),
+        over_vectors(-np.inf, _larger, halved=True),
     )
 
 

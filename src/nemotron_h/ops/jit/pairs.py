@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nemotron_h.ops.jit.compiler import FEATURES, compile_once, numba, piece
+from nemotron_h.ops.jit.compiler import FEATURES, numba, one_copy, piece
 from nemotron_h.ops.jit.scalars import u
 
 ADDS_PAIRS = FEATURES.get("avx512bf16", False)  # has this CPU the instruction?
@@ -38,7 +38,7 @@ if numba is not None:
 @piece
 def load_pairs(tile, array, first, column, pairs, columns):  # type: ignore[no-untyped-def]
     """Fill the first rows of a tile of words, each with two rows of bfloat16 bits of an array from a place on."""
-    compile_once()
+    one_copy()
     for k in range(pairs):
         low, high = u(first + 2 * k), u(first + 2 * k + 1)
         for j in range(columns):

@@ -12,7 +12,7 @@ import numpy as np
 
 from nemotron_h.ops.jit import quads
 from nemotron_h.ops.jit.blocks import LINE, OUTS, STREAMS
-from nemotron_h.ops.jit.compiler import compile_once, numba, piece
+from nemotron_h.ops.jit.compiler import numba, one_copy, piece
 from nemotron_h.ops.jit.kernels import kernel
 from nemotron_h.ops.jit.nibbles import DEEP, GROUP
 from nemotron_h.ops.jit.nibbles import STREAMS as GROUPS
@@ -76,7 +76,7 @@ def round_rows(start: Any, stop: Any, x: Any, levels: Any, codes: Any, scale: An
 @piece
 def add_groups(x, step, eights, words, scales, task, sums):  # type: ignore[no-untyped-def]
     """sums (rows, OUTS) int32 += x times a block of a 4-bit matrix, for few rows."""
-    compile_once()
+    one_copy()
     rows, count = sums.shape[0], step // (2 * DEEP)
     part, first = count // GROUPS, task * count
     row = 0

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nemotron_h.ops.jit.compiler import compile_once, numba, piece
+from nemotron_h.ops.jit.compiler import numba, one_copy, piece
 from nemotron_h.ops.jit.kernels import kernel
 from nemotron_h.ops.jit.nibbles import GROUP, SCALES
 from nemotron_h.ops.jit.quantized import LEAST
@@ -69,7 +69,7 @@ if numba is not None:
 
 @piece
 def largest(row):  # type: ignore[no-untyped-def]
-    compile_once()
+    one_copy()
     top = f(0)
     for j in range(len(row)):
         top = max(top, abs(row[u(j)]))
@@ -113,7 +113,7 @@ def nearest_8(
 @piece
 def error_under(row, worth, scale):  # type: ignore[no-untyped-def]
     """The least error of a row under a scale."""
-    compile_once()
+    one_copy()
     steps, found = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     for q in range(LANES):
         steps[q] = scale * ALL[q]
@@ -127,7 +127,7 @@ def error_under(row, worth, scale):  # type: ignore[no-untyped-def]
 @piece
 def nearest_groups(row, worth, scale, codes, groups):  # type: ignore[no-untyped-def]
     """Fill codes and groups of a row under a scale; returns the best scale for these integers."""
-    compile_once()
+    one_copy()
     steps, found = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     for q in range(LANES):
         steps[q] = scale * ALL[q]

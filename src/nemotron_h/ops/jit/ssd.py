@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from nemotron_h.ops.jit.compiler import compile_once, inline, piece
+from nemotron_h.ops.jit.compiler import inline, one_copy, piece
 from nemotron_h.ops.jit.kernels import kernel
 from nemotron_h.ops.jit.scalars import exp, f, read, u
 from nemotron_h.ops.jit.tiles import (
@@ -38,12 +38,14 @@ from nemotron_h.ops.jit.tiles import (
     zeros,
 )
 
+FADED = f(-60)  # the exponent of a decay that counts as nothing
+
 
 @inline
 def fade(x):  # type: ignore[no-untyped-def]
-    """e^x; nothing where that is below 1e-26, which is nothing to a sum in float32. What it is multiplied by would soon
-    be too small for float32's full precision, and with such numbers a CPU takes a hundred times as long."""
-    return f(0) if x < f(-60) else exp(x)
+    """e^x; 0 where x is below FADED: beside a term of its own size a float32 sum could not show it, and its products
+    soon sink below the numbers that float32 has in full, with which a CPU is far slower."""
+    return f(0) if x < FADED else exp(x)
 
 
 @kernel(2)
@@ -135,7 +137,7 @@ def scan(
 @piece
 def decayed(factors, scores, row, column, dt, a, index, begin, count):  # type: ignore[no-untyped-def]
     """What each new row takes of the x of each place up to its own; what stands beyond is not read."""
-    compile_once()
+    one_copy()
     for i in range(count):
         top, seen = a[index, begin + i], min((begin + i) // LANES * LANES + LANES, a.shape[1])
         for j in range(seen):
@@ -144,8 +146,8 @@ def decayed(factors, scores, row, column, dt, a, index, begin, count):  # type: 
 
 @piece
 def add_read(out, queries, a, index, begin, count, state, first):  # type: ignore[no-untyped-def]
-    """out[i] += exp(a_i) C_i . state; the queries are scaled by it."""
-    compile_once()
+    """out[i] += fade(a_i) C_i . state; the queries are scaled by it."""
+    one_copy()
     n = queries.shape[1]
     for i in range(count):
         gain = fade(a[index, begin + i])
@@ -156,8 +158,8 @@ def add_read(out, queries, a, index, begin, count, state, first):  # type: ignor
 
 @piece
 def move_on(state, keys, inputs, dt, a, index):  # type: ignore[no-untyped-def]
-    """state = exp(a_end) state + sum_j exp(a_end - a_j) dt_j B_j x_j^T, over the places of a full chunk."""
-    compile_once()
+    """state = fade(a_end) state + sum_j fade(a_end - a_j) dt_j B_j x_j^T, over the places of a full chunk."""
+    one_copy()
     width = a.shape[1]
     end, weights = a[index, width - 1], np.empty(width, np.float32)
     for j in range(width):
@@ -307,7 +309,7 @@ def gradient(
 @piece
 def within_chunk(dt, a, index, scores, inputs_turned, slope, by_scores, out, by_dt, by_a):  # type: ignore[no-untyped-def]
     """A head's gradients through what its queries read of their own chunk; out is the gradient by x."""
-    compile_once()
+    one_copy()
     m, p = slope.shape
     width = inputs_turned.shape[1]
     decay, pulls = zeros(m, width), zeros(m, width)
@@ -339,7 +341,7 @@ def within_chunk(dt, a, index, scores, inputs_turned, slope, by_scores, out, by_
 @piece
 def through_reads(a, index, state, queries_turned, slope_turned, queries_out, by_a):  # type: ignore[no-untyped-def]
     """A head's gradients through what its queries read of the state before the chunk."""
-    compile_once()
+    one_copy()
     n, m = queries_turned.shape
     back, gains, total = zeros(n, m), np.empty(m, np.float32), np.zeros(m, np.float32)
     add_product(back, 0, n, m, state, 0, slope_turned, 0, len(slope_turned))
@@ -354,7 +356,7 @@ def through_reads(a, index, state, queries_turned, slope_turned, queries_out, by
 def through_writes(dt, a, index, state, keys_turned, inputs_turned, keys_out, out, by_dt, by_a):  # type: ignore[no-untyped-def]
     """A head's gradients through what its places add to the state after the chunk; state is the loss's gradient by
     that, out by x."""
-    compile_once()
+    one_copy()
     n, width = keys_turned.shape
     back, weighted = zeros(n, width), np.empty((n, width), np.float32)
     weights, total = np.empty(width, np.float32), np.zeros(width, np.float32)

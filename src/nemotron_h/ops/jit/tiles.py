@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nemotron_h.ops.jit.compiler import FEATURES, compile_once, numba, piece
+from nemotron_h.ops.jit.compiler import FEATURES, numba, one_copy, piece
 from nemotron_h.ops.jit.scalars import LANES, f, read, write
 
 HEIGHT = 4
@@ -124,7 +124,7 @@ def add_product(out, begin, end, width, factors, column, rows, first, count):  #
     All two-dimensional float32, or factors and rows words of pairs; a row of `out` and of `rows` is contiguous,
     `factors` may be turned.
     """
-    compile_once()
+    one_copy()
     i, widest, whole = begin, width // WIDEST * WIDEST, width // LANES * LANES
     while i + HEIGHT <= end:
         for q in range(0, widest, WIDEST):
@@ -148,7 +148,7 @@ def add_product(out, begin, end, width, factors, column, rows, first, count):  #
 @piece
 def add_causal_product(out, begin, end, factors, rows, first):  # type: ignore[no-untyped-def]
     """out[i] += sum_{k <= first + i} factors[i, k] rows[k], begin <= i < end: what lies later is not even read."""
-    compile_once()
+    one_copy()
     i, width = begin, out.shape[1]
     while i < end:
         last = min(i + HEIGHT, end)
@@ -161,7 +161,7 @@ def add_causal_product(out, begin, end, factors, rows, first):  # type: ignore[n
 @piece
 def load_rows(tile, array, first, column, rows, columns):  # type: ignore[no-untyped-def]
     """Fill the first rows and columns of a tile with those of an array from a place on."""
-    compile_once()
+    one_copy()
     for i in range(rows):
         for j in range(columns):
             tile[i, j] = read(array, first + i, column + j)
@@ -170,7 +170,7 @@ def load_rows(tile, array, first, column, rows, columns):  # type: ignore[no-unt
 @piece
 def load(tile, array, first, column, count):  # type: ignore[no-untyped-def]
     """Fill a tile with the rows of an array from first on, their columns from column on; zeros after count rows."""
-    compile_once()
+    one_copy()
     load_rows(tile, array, first, column, count, tile.shape[1])
     for i in range(count, tile.shape[0]):
         for j in range(tile.shape[1]):
@@ -180,7 +180,7 @@ def load(tile, array, first, column, count):  # type: ignore[no-untyped-def]
 @piece
 def load_turned(tile, array, first, column):  # type: ignore[no-untyped-def]
     """The same with rows becoming columns, all of them there."""
-    compile_once()
+    one_copy()
     for j in range(tile.shape[1]):
         for i in range(tile.shape[0]):
             tile[i, j] = read(array, first + j, column + i)
@@ -189,7 +189,7 @@ def load_turned(tile, array, first, column):  # type: ignore[no-untyped-def]
 @piece
 def store_rows(array, first, column, tile, count):  # type: ignore[no-untyped-def]
     """The inverse of `load`, for the first rows of a tile."""
-    compile_once()
+    one_copy()
     for i in range(count):
         for j in range(tile.shape[1]):
             write(array, first + i, column + j, tile[i, j])
@@ -198,14 +198,14 @@ def store_rows(array, first, column, tile, count):  # type: ignore[no-untyped-de
 @piece
 def store(array, first, column, tile):  # type: ignore[no-untyped-def]
     """The same for all of them."""
-    compile_once()
+    one_copy()
     store_rows(array, first, column, tile, tile.shape[0])
 
 
 @piece
 def scale_rows(tile, factors):  # type: ignore[no-untyped-def]
     """tile[i, j] *= factors[i]"""
-    compile_once()
+    one_copy()
     for i in range(tile.shape[0]):
         factor = factors[i]
         for j in range(tile.shape[1]):
@@ -215,7 +215,7 @@ def scale_rows(tile, factors):  # type: ignore[no-untyped-def]
 @piece
 def scale_columns(tile, factors):  # type: ignore[no-untyped-def]
     """tile[i, j] *= factors[j]"""
-    compile_once()
+    one_copy()
     for i in range(tile.shape[0]):
         for j in range(tile.shape[1]):
             tile[i, j] *= factors[j]
@@ -224,7 +224,7 @@ def scale_columns(tile, factors):  # type: ignore[no-untyped-def]
 @piece
 def multiply(tile, other):  # type: ignore[no-untyped-def]
     """tile[i, j] *= other[i, j]"""
-    compile_once()
+    one_copy()
     for i in range(tile.shape[0]):
         for j in range(tile.shape[1]):
             tile[i, j] *= other[i, j]
@@ -233,7 +233,7 @@ def multiply(tile, other):  # type: ignore[no-untyped-def]
 @piece
 def add_scaled_columns(out, tile, factors):  # type: ignore[no-untyped-def]
     """out[i, j] += tile[i, j] factors[j]"""
-    compile_once()
+    one_copy()
     for i in range(tile.shape[0]):
         for j in range(tile.shape[1]):
             out[i, j] += tile[i, j] * factors[j]
@@ -242,7 +242,7 @@ def add_scaled_columns(out, tile, factors):  # type: ignore[no-untyped-def]
 @piece
 def add_dots(out, a, b):  # type: ignore[no-untyped-def]
     """out[j] += sum_i a[i, j] b[i, j]"""
-    compile_once()
+    one_copy()
     for i in range(a.shape[0]):
         for j in range(a.shape[1]):
             out[j] += a[i, j] * b[i, j]
@@ -251,7 +251,7 @@ def add_dots(out, a, b):  # type: ignore[no-untyped-def]
 @piece
 def add_column_sums(out, tile):  # type: ignore[no-untyped-def]
     """out[j] += sum_i tile[i, j]"""
-    compile_once()
+    one_copy()
     for i in range(tile.shape[0]):
         for j in range(tile.shape[1]):
             out[j] += tile[i, j]
@@ -260,7 +260,7 @@ def add_column_sums(out, tile):  # type: ignore[no-untyped-def]
 @piece
 def clear(tile):  # type: ignore[no-untyped-def]
     """tile[i, j] = 0"""
-    compile_once()
+    one_copy()
     for i in range(tile.shape[0]):
         for j in range(tile.shape[1]):
             tile[i, j] = f(0)
