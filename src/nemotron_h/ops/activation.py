@@ -32,7 +32,7 @@ def relu2(x: Tensor) -> Tensor:
         return _Relu2.apply(x)  # type: ignore[no-any-return,no-untyped-call]
     if x.dim() != 2 or not runs(x):
         return torch.relu(x).square_()
-    out = torch.empty_like(x)
+    out = torch.empty(x.shape, dtype=x.dtype)
     jit.relu2(len(x), array(x), array(out))
     return out
 

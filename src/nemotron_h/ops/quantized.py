@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -144,11 +145,11 @@ def quantized_linear(x: Tensor, matrix: Matrix, bits: int = 8, dtype: torch.dtyp
     if not runs(x, matrix.scale):
         return quantized_linear_torch(x, matrix, bits, dtype)
     rows, planes = len(x), bits // 8
-    codes = torch.empty(rows, planes, matrix.padded_inputs, dtype=torch.uint8).numpy()
-    x_scale = torch.empty(rows).numpy()
+    codes = np.empty((rows, planes, matrix.padded_inputs), np.uint8)
+    x_scale = np.empty(rows, np.float32)
     lines = rows * planes
     groups = matrix.padded_inputs // GROUP if matrix.bits == 4 and lines <= jit.SMALL else 0
-    eights = torch.empty(lines, groups, dtype=torch.int32).numpy()
+    eights = np.empty((lines, groups), np.int32)
     jit.round_rows(rows, array(x.contiguous()), f(LEVELS[bits]), codes, x_scale, eights)
     out = torch.empty(rows, matrix.shape[0], dtype=dtype)
     words = codes.reshape(lines, matrix.padded_inputs).view("uint32")

@@ -28,6 +28,6 @@ def add(x: Tensor, y: Tensor) -> Tensor:
     expect(y, "y", tuple(x.shape), x.dtype)
     if wants_gradient(x, y) or not runs(x, y):
         return x + y
-    out = torch.empty_like(x)
+    out = torch.empty(x.shape, dtype=x.dtype)
     jit.add(len(x), array(x), array(y), array(out))
     return out

@@ -47,8 +47,9 @@ def said_once(reason: str) -> None:
 
 def runs(*tensors: Tensor) -> bool:
     """Can kernels take these tensors? On the CPU, in float32 or bfloat16, where numba can compile for it."""
-    if any(t.device.type != "cpu" or t.dtype not in (torch.float32, torch.bfloat16) for t in tensors):
-        return False
+    for t in tensors:  # a generator takes several times as long, and this is asked hundreds of times a token
+        if not t.is_cpu or t.dtype not in (torch.bfloat16, torch.float32):
+            return False
     if numba is None:
         said_once(f"{MISSING}: the torch definitions run instead of the CPU kernels, slower")
         return False

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
 
 from nemotron_h.ops.jit.compiler import inline, numba
+from nemotron_h.ops.jit.kernels import RECORDING
 
 if numba is not None:
     from llvmlite import ir
@@ -24,6 +26,13 @@ STRIDE = 64  # rows of one part of a gradient that is summed over rows
 
 def array(tensor: Tensor) -> Any:
     """The tensor's memory as numpy: float32, or the bits of bfloat16 as uint16."""
+    if RECORDING.get() is not None:
+        with no_dispatch():  # nothing is computed here, and to be watched takes ten times as long
+            return _array(tensor)
+    return _array(tensor)
+
+
+def _array(tensor: Tensor) -> Any:
     if tensor.requires_grad:
         tensor = tensor.detach()
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
