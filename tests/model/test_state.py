@@ -272,10 +272,10 @@ def test_what_is_not_written_yet_is_zero() -> None:
     for layer in state.layers:
         match layer:
             case MambaState():
-                assert (layer.x[:, 6:] == 0).all()
+                assert (layer.x[:, :, 6:] == 0).all()
                 assert (layer.dt[:, :, 6:] == 0).all()
                 assert (layer.B[..., 6:] == 0).all()
-                assert (layer.x[:, :6] != 0).any()
+                assert (layer.x[:, :, :6] != 0).any()
             case AttentionState():
                 assert (layer.keys[..., 70:] == 0).all()
                 assert (layer.keys[..., :70] != 0).any()

@@ -86,7 +86,7 @@ def chunked(
                 (t.flatten(1), t.new_zeros(CHUNK - len(t), t[0].numel() if len(t) else t.shape[1:].numel()))
             )
 
-        x = torch.stack([filled(k.x) for k in kept])
+        x = torch.stack([filled(k.x).view(CHUNK, H, p).transpose(0, 1) for k in kept]).contiguous()
         B = torch.stack([filled(k.B).T.reshape(g, n, CHUNK) for k in kept])
         past = Past(boundary.transpose(2, 3).clone(memory_format=torch.contiguous_format), x, B)
         dt = segments.after_kept(dt, torch.stack([filled(k.dt).T for k in kept]), dim=2)
@@ -286,7 +286,7 @@ def test_bfloat16_inputs_are_computed_in_float32() -> None:
 @pytest.mark.usefixtures("form")
 def test_what_is_kept_are_the_inputs_of_the_chunk_at_hand(dtype: torch.dtype) -> None:
     inputs = Inputs.random(200, seed=13).side_by_side().to(dtype)
-    x, B = torch.zeros(1, CHUNK, H * P, dtype=dtype), torch.zeros(1, G, N, CHUNK, dtype=dtype)
+    x, B = torch.zeros(1, H, CHUNK, P, dtype=dtype), torch.zeros(1, G, N, CHUNK, dtype=dtype)
     kept_dt, done = torch.zeros(1, H, CHUNK), 0
     for length in (1, 5, 57, 1, 1, 3, 100, 32):  # the fourth fills a chunk, the fifth begins one
         segments = Segments((done,), (length,))
@@ -297,9 +297,9 @@ def test_what_is_kept_are_the_inputs_of_the_chunk_at_hand(dtype: torch.dtype) ->
         done += length
         at = (done - 1) // CHUNK * CHUNK
         want_x, want_B, _ = inputs[at:done].split([H * P, G * N, G * N], dim=1)
-        assert torch.equal(x[0, : done - at], want_x)
+        assert torch.equal(x[0, :, : done - at].transpose(0, 1).flatten(1), want_x)
         assert torch.equal(B[0].flatten(0, 1)[:, : done - at].T, want_B)
-        assert (x[0, done - at :] == 0).all()
+        assert (x[0, :, done - at :] == 0).all()
         assert (B[..., done - at :] == 0).all()
         assert torch.equal(kept_dt[0], dt[segments.chunk_runs[0].sum() - 1])
 
@@ -315,7 +315,7 @@ def arguments(segments: Segments) -> dict[str, Tensor]:
 def test_gradients_through_a_state_are_refused(name: str) -> None:
     segments = Segments((5,), (20,))
     given, boundary = arguments(segments), torch.zeros(1, H, N, P)
-    past = Past(boundary, torch.zeros(1, CHUNK, H * P), torch.zeros(1, G, N, CHUNK))
+    past = Past(boundary, torch.zeros(1, H, CHUNK, P), torch.zeros(1, G, N, CHUNK))
     ssd(**given, segments=segments, past=past, num_groups=G, state_size=N)
     (given | {"past.boundary": boundary})[name].requires_grad_()
     with pytest.raises(ShapeError, match=r"^past: must be None where gradients are wanted"):
@@ -335,14 +335,15 @@ def test_gradients_through_a_state_are_refused(name: str) -> None:
         ("a", (1, H, CHUNK), torch.float32),
         ("D", (H,), torch.bfloat16),
         ("boundary", (1, H, P, N), torch.float32),
-        ("x", (1, CHUNK, H * P), torch.bfloat16),
+        ("x", (1, H, CHUNK, P), torch.bfloat16),
+        ("x", (1, CHUNK, H, P), torch.float32),
         ("B", (1, G, CHUNK, N), torch.float32),
     ],
 )
 def test_wrong_shapes_are_refused_by_name(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     segments = Segments((0,), (100,))
     given = arguments(segments)
-    past = {"boundary": torch.zeros(1, H, N, P), "x": torch.zeros(1, CHUNK, H * P), "B": torch.zeros(1, G, N, CHUNK)}
+    past = {"boundary": torch.zeros(1, H, N, P), "x": torch.zeros(1, H, CHUNK, P), "B": torch.zeros(1, G, N, CHUNK)}
     ssd(**given, segments=segments, past=Past(**past), num_groups=G, state_size=N)
     (past if name in past else given)[name] = torch.zeros(shape, dtype=dtype)
     with pytest.raises(ShapeError, match=f"^{'past.' if name in past else ''}{name}: must"):

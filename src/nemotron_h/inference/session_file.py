@@ -29,7 +29,7 @@ from nemotron_h.config.settings import first_difference
 from nemotron_h.errors import CapacityError, DataError
 from nemotron_h.files import replacing
 
-FORMAT = "nemotron_h session 1"
+FORMAT = "nemotron_h session 2"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,7 @@ class MambaState:
 
     conv: Tensor  # (b, kernel - 1 + AHEAD, channels), model dtype, a ring by place, see `ops/conv.py`
     boundary: Tensor  # (b, h, n, p), float32, at the beginning of the chunk at hand
-    x: Tensor  # (b, CHUNK, h p), model dtype, inputs of the chunk at hand
+    x: Tensor  # (b, h, CHUNK, p), model dtype, inputs of the chunk at hand
     dt: Tensor  # (b, h, CHUNK), float32, after softplus
     B: Tensor  # (b, g, n, CHUNK), model dtype
 
@@ -48,7 +48,7 @@ class MambaState:
         return cls(
             conv=tensor(config.conv_kernel - 1 + AHEAD, config.conv_channels),
             boundary=tensor(h, n, p, dtype=torch.float32),
-            x=tensor(CHUNK, h * p),
+            x=tensor(h, CHUNK, p),
             dt=tensor(h, CHUNK, dtype=torch.float32),
             B=tensor(g, n, CHUNK),
         )
@@ -352,7 +352,7 @@ class State:
         return {
             "conv": layer.conv[index, _newest(layer, position)],
             "boundary": layer.boundary[index],
-            "x": layer.x[index, :held],
+            "x": layer.x[index, :, :held],
             "dt": layer.dt[index, :, :held],
             "B": layer.B[index, ..., :held],
         }

@@ -38,7 +38,7 @@ class Past:
     """What the segments of a call bring along: the state at the beginning of the chunk at hand, and its inputs."""
 
     boundary: Tensor  # (s, h, n, p), float32, moved on in place: states stand turned, as the product with C reads them
-    x: Tensor  # (s, CHUNK, h p), the inputs' dtype
+    x: Tensor  # (s, h, CHUNK, p), the inputs' dtype: a head's lie together, as it reads them
     B: Tensor  # (s, g, n, CHUNK), likewise, turned
 
 
@@ -93,7 +93,7 @@ def ssd(
         raise ShapeError(f"past: must hold what lies before the rows, which begin at {max(segments.starts)}; got None")
     if past is not None:
         expect(past.boundary, "past.boundary", (s, heads, n, inner // heads), torch.float32)
-        expect(past.x, "past.x", (s, CHUNK, inner), inputs.dtype)
+        expect(past.x, "past.x", (s, heads, CHUNK, inner // heads), inputs.dtype)
         expect(past.B, "past.B", (s, g, n, CHUNK), inputs.dtype)
         if wants_gradient(inputs, dt, a, D, past.boundary, past.x, past.B):
             raise ShapeError("past: must be None where gradients are wanted; training passes no state")
@@ -114,7 +114,7 @@ def ssd_torch(
     p = inner // h
     x, B, C = (segments.spread(t) for t in inputs.split([inner, g * n, g * n], dim=-1))  # (c, CHUNK, columns)
     kept_x, kept_B, boundary = (past.x, past.B.flatten(1, 2), past.boundary) if past is not None else (None, None, None)
-    x = segments.after_kept(x, kept_x, dim=1).float().view(c, CHUNK, h, p).transpose(1, 2)  # (c, h, CHUNK, p)
+    x = segments.after_kept(x.view(c, CHUNK, h, p).transpose(1, 2), kept_x, dim=2).float()  # (c, h, CHUNK, p)
     B = segments.after_kept(B.transpose(1, 2), kept_B, dim=2).float().reshape(c * g, n, CHUNK)
     C = C.float().view(c, CHUNK, g, n).transpose(1, 2).reshape(c * g, CHUNK, n)
     places = torch.arange(CHUNK, device=inputs.device)
@@ -167,7 +167,7 @@ def _ssd(
     p = inner // h
     owner, begins, counts, rows = segments.grid
     nothing = torch.empty(0, CHUNK, dtype=inputs.dtype)
-    kept_x = array(past.x.view(-1, inner) if past is not None else nothing)
+    kept_x = array(past.x.view(-1, p) if past is not None else nothing)
     kept_B = array(past.B.view(-1, CHUNK) if past is not None else nothing)
     boundary = past.boundary.view(-1, p) if past is not None else torch.empty(0, p)
     scores, y = torch.empty(len(inputs), g * CHUNK), torch.empty(len(inputs), inner)
@@ -221,19 +221,19 @@ class _Ssd(torch.autograd.Function):
 def keep_inputs(inputs: Tensor, dt: Tensor, segments: Segments, x: Tensor, B: Tensor, kept_dt: Tensor) -> None:
     """Overwrite x and B, as `Past` has them, with the inputs of each segment's chunk at hand, zeros beyond them; and
     kept_dt (s, h, CHUNK) with its steps, of dt (c, h, CHUNK)."""
-    s, g, n, _ = B.shape
+    (_, g, n, _), (_, h, _, p) = B.shape, x.shape
     if runs(inputs):
         _, begins, counts, rows = segments.grid
-        kept = array(x.view(s * CHUNK, -1)), array(B.view(-1, CHUNK))
+        kept = array(x.view(-1, p)), array(B.view(-1, CHUNK))
         steps = array(dt.view(-1, CHUNK)), array(kept_dt.view(-1, CHUNK))
-        jit.keep(s, array(inputs), g, begins, counts, rows, segments.chunk_runs, *kept, *steps)
+        jit.keep(len(segments), array(inputs), g, begins, counts, rows, segments.chunk_runs, *kept, *steps)
         return
-    x_new, B_new, _ = (segments.spread(t) for t in inputs.split([x.shape[2], g * n, g * n], dim=-1))
+    x_new, B_new, _ = (segments.spread(t) for t in inputs.split([h * p, g * n, g * n], dim=-1))
     x_new, B_new = (
-        segments.after_kept(x_new, x, dim=1),
+        segments.after_kept(x_new.view(-1, CHUNK, h, p).transpose(1, 2), x, dim=2),
         segments.after_kept(B_new.transpose(1, 2), B.flatten(1, 2), dim=2),
     )
     last = segments.chunk_runs.sum(1) - 1
     kept_dt.copy_(dt[last])
     x.copy_(x_new[last])
-    B.copy_(B_new[last].view(s, g, n, CHUNK))
+    B.copy_(B_new[last].view(B.shape))

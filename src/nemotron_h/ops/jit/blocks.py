@@ -22,6 +22,8 @@ if numba is not None:
     from numba.core import cgutils
     from numba.extending import intrinsic
 
+    from nemotron_h.ops.jit.scalars import ask_memory
+
     # of (builder, sums, a word of a row in every lane, words): the sums with the products added
     Add = Callable[[Any, Any, Any, Any], Any]
 
@@ -57,9 +59,6 @@ if numba is not None:
                 lines = [builder.add(row, word(r)) for r in range(rows)]
                 places = [[address(8, line, vector) for vector in vectors] for line in lines]
                 totals = [[cgutils.alloca_once_value(builder, load(p, of_sums)) for p in line] for line in places]
-                asking = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, number, number, number])
-                ask = cgutils.get_or_insert_function(builder.module, asking, "llvm.prefetch.p0i8")
-                to_read, soon, data = number(0), number(2), number(1)
 
                 def add_word(k):  # type: ignore[no-untyped-def]
                     at = builder.add(first, builder.mul(k, word(OUTS)))
@@ -76,7 +75,7 @@ if numba is not None:
                 with cgutils.for_range_slice(builder, begin, of_part, word(1)) as (k, _):
                     if streams == 1:
                         later = builder.add(ahead, builder.mul(builder.sub(k, begin), word(LINE)))
-                        builder.call(ask, [builder.bitcast(address(6, later), cgutils.voidptr_t), to_read, soon, data])
+                        ask_memory(builder, address(6, later))
                     for stream in range(streams):
                         add_word(builder.add(k, builder.mul(part, word(stream))))
                 if streams > 1:

@@ -16,6 +16,7 @@ from nemotron_h.ops.jit.kernels import RECORDING
 if numba is not None:
     from llvmlite import ir
     from numba import types
+    from numba.core import cgutils
     from numba.extending import intrinsic, overload
 
 f = np.float32
@@ -49,6 +50,14 @@ def lines(tensor: Tensor) -> tuple[Any, int]:
 
 
 if numba is not None:
+
+    def ask_memory(builder: Any, address: Any) -> None:
+        """The line of the cache at an address comes while other things are done. It need not be anybody's."""
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, number, number, number])
+        ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        to_read, soon, data = number(0), number(2), number(1)
+        builder.call(ask, [builder.bitcast(address, cgutils.voidptr_t), to_read, soon, data])
 
     @intrinsic  # type: ignore[untyped-decorator]
     def as_float(typing, bits):  # type: ignore[no-untyped-def]

@@ -2,7 +2,7 @@
 
 Every matrix is two-dimensional and contiguous, its leading letters folded into rows:
     inputs (rows, h p + 2 g n): x | B | C       y and its gradient (rows, h p)       dt, a (c h, CHUNK)
-    states (.. h n, p), turned                  kept x (s CHUNK, h p)                kept B (s g n, CHUNK), turned
+    states (.. h n, p), turned                  kept x (s h CHUNK, p)                kept B (s g n, CHUNK), turned
 inputs and what is kept of them are float32 or bfloat16 bits, the rest float32. owner, begins, counts, rows (c,): each
 chunk's segment, the place of its first new row, how many there are, and where in the call. What the chunk at hand
 already held stands before that place: what was kept.
@@ -102,7 +102,7 @@ def scan(
         for chunk in range(chunks[segment, 0], chunks[segment, 0] + chunks[segment, 1]):
             begin, count, row, index = begins[chunk], counts[chunk], rows[chunk], chunk * heads + head
             last = chunk == chunks[segment, 0] + chunks[segment, 1] - 1
-            load_rows(own, kept_x, segment * width, head * p, begin, p)
+            load_rows(own, kept_x, task * width, 0, begin, p)
             for j in range(count):
                 for q in range(p):
                     own[u(begin + j), u(q)] = read(inputs, row + j, head * p + q)
@@ -179,25 +179,25 @@ def keep(
 ) -> None:  # fmt: skip
     """The inputs of each segment's chunk at hand, to be there for the next call; zeros beyond them in a new chunk. And
     its steps, dt and kept_dt (.. h, CHUNK)."""
-    width, inner = kept_B.shape[1], kept_x.shape[1]
-    heads = len(kept_dt) * width // len(kept_x)
-    n = (inputs.shape[1] - inner) // (2 * groups)
+    width, p, heads = kept_B.shape[1], kept_x.shape[1], len(kept_dt) // len(chunks)
+    n = (inputs.shape[1] - heads * p) // (2 * groups)
     for segment in range(start, stop):
         chunk = chunks[segment, 0] + chunks[segment, 1] - 1
         begin, count, row = begins[chunk], counts[chunk], rows[chunk]
         end = width if chunks[segment, 1] > 1 else begin + count
         for head in range(heads):
+            own = segment * heads + head
             for j in range(width):
-                kept_dt[segment * heads + head, u(j)] = dt[chunk * heads + head, u(j)]
-        for j in range(begin, end):
-            for q in range(inner):
-                kept_x[segment * width + j, q] = (
-                    inputs[row + j - begin, q] if j < begin + count else inputs.dtype.type(0)
-                )
+                kept_dt[own, u(j)] = dt[chunk * heads + head, u(j)]
+            for j in range(begin, end):
+                for q in range(p):
+                    kept_x[own * width + j, q] = (
+                        inputs[row + j - begin, head * p + q] if j < begin + count else inputs.dtype.type(0)
+                    )
         for k in range(groups * n):
             for j in range(begin, end):
                 kept_B[segment * groups * n + k, j] = (
-                    inputs[row + j - begin, inner + k] if j < begin + count else inputs.dtype.type(0)
+                    inputs[row + j - begin, heads * p + k] if j < begin + count else inputs.dtype.type(0)
                 )
 
 

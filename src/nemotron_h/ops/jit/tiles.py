@@ -17,6 +17,7 @@ from nemotron_h.ops.jit.scalars import LANES, f, read, write
 HEIGHT = 4
 WIDEST = 4 * LANES if FEATURES.get("avx512f", False) else LANES  # as far as there are registers
 WIDEST_ROW = 4 * LANES  # of one row alone
+SOON = 16  # rows that memory is asked for ahead, where they are multiplied by one row alone
 
 if numba is not None:
     from llvmlite import ir
@@ -25,6 +26,7 @@ if numba is not None:
     from numba.extending import intrinsic
 
     from nemotron_h.ops.jit.pairs import add_pairs
+    from nemotron_h.ops.jit.scalars import ask_memory
 
     FLOAT, HALVES, WORD = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 
@@ -100,7 +102,11 @@ if numba is not None:
         outs = [places(move(out, out_step, WORD(r))) for r in range(height)]
         sums = [[cgutils.alloca_once_value(builder, loaded(place)) for place in line] for line in outs]
         with cgutils.for_range(builder, count) as loop:
-            vectors = [loaded(place) for place in places(move(rows, rows_step, loop.index))]
+            row = move(rows, rows_step, loop.index)
+            if height == 1:  # it takes as long as memory, which is asked for what comes next
+                for place in places(move(row, rows_step, WORD(SOON))):
+                    ask_memory(builder, place)
+            vectors = [loaded(place) for place in places(row)]
             ahead = move(factors, factor_step, loop.index)
             for r, line in enumerate(sums):
                 factor = builder.insert_element(nothing, builder.load(move(ahead, factors_step, WORD(r))), WORD(0))
