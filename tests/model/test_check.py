@@ -209,9 +209,8 @@ def test_a_layer_whose_bits_depend_on_the_company_is_found(monkeypatch: pytest.M
 def test_a_state_with_other_bits_is_found_though_nothing_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: MambaState, xbc: Tensor, convolved: Tensor, dt: Tensor, segments: Segments) -> None:
         push(self, xbc, convolved, dt, segments)
-        self.x[:, :, -1] += segments.starts == (
-            65,
-        )  # the last call of the pieces, 65..69: the place is not written yet
+        # the last call of the pieces, 65..69: the place is not written yet
+        self.x[:, :, -1] += segments.starts == (65,)
 
     push = MambaState.push
     monkeypatch.setattr(MambaState, "push", broken)

@@ -16,11 +16,9 @@ from nemotron_h.inference.load import load
 from nemotron_h.machine import tune_memory
 
 tune_memory()  # as the command does
-# drafts off: of random weights the text goes round, which no text does. Few snapshots: the run that is not counted
-# writes them all, and the next ones write over them, as those of a process that has run for long
-engine = EngineConfig(drafts="off", max_snapshots=32)
+# drafts off: of random weights the text goes round, which no text does
 folder, precision, keys_values = [*sys.argv[1:], "auto"][:3]
-language = load(folder, precision=precision, keys_values=keys_values, engine_config=engine)
+language = load(folder, precision=precision, keys_values=keys_values, engine_config=EngineConfig(drafts="off"))
 model = language.model
 
 

@@ -28,7 +28,7 @@ STRIDE = 64  # rows of one part of a gradient that is summed over rows
 def array(tensor: Tensor) -> Any:
     """The tensor's memory as numpy: float32, or the bits of bfloat16 as uint16."""
     if RECORDING.get() is not None:
-        with no_dispatch():  # nothing is computed here, and to be watched takes ten times as long
+        with no_dispatch():  # nothing is computed here, and to be watched takes far longer than this
             return _array(tensor)
     return _array(tensor)
 
