@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def write(
     from nemotron_h import machine  # noqa: PLC0415
 
     content = {
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(portable, sys.argv[1:])]),
+        "command": stated(sys.argv),
         "commit": commit,
         "date": datetime.now(UTC).date().isoformat(),
         "cpu": machine.cpu_name(),
@@ -94,9 +95,15 @@ def write(
     return path
 
 
-def portable(argument: str) -> str:
-    """A path of this machine by its last parts: an environment's Python, say."""
-    return "/".join(Path(argument).parts[-3:]) if argument.startswith("/") else argument
+def stated(line: Sequence[str]) -> str:
+    """The command, without where this machine keeps things: its paths by their last parts, an environment's Python with
+    the environment's name; a cache not at all."""
+    said = ["python", f"benchmarks/{Path(line[0]).name}"]
+    for before, argument in pairwise(line):
+        parts = Path(argument).parts
+        if "--cache" not in (before, argument):
+            said.append("/".join(parts[-3 if "bin" in parts else -2 :]) if argument.startswith("/") else argument)
+    return shlex.join(said)
 
 
 def table(content: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from nemotron_h.evaluate.rows import row
 from nemotron_h.model.init import initialise
 from nemotron_h.text.bpe import train
 
-COMMAND = [sys.executable, "-c", "from nemotron_h.cli.app import main; main()"]
+COMMAND = [sys.executable, "-m", "nemotron_h"]
 
 
 def seconds(*arguments: str, **environment: str) -> float:

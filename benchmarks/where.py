@@ -1,9 +1,9 @@
-"""Where the time goes, by kind of work: a prompt, and a token of one sequence, in each precision.
+"""Where the time goes, by kind of work: a prompt, a token of one sequence, and of 16 at once, in each precision.
 
     python benchmarks/where.py [PRESET] [--length 2048] [--n 5]
 
 Each launch of a kernel is timed by itself, and told as a share of the whole. A step runs all of them in one go, which
-is faster: its shares may add up to more than the whole. The token stands in the middle of a chunk of the scan: one in
+is faster: its shares may add up to more than the whole. A token stands in the middle of a chunk of the scan: one in
 CHUNK begins the next one and takes longer, since it moves the state on.
 """
 
@@ -11,9 +11,9 @@ import argparse
 import statistics
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from results import commit, write
 
@@ -24,7 +24,6 @@ from nemotron_h.inference import naive
 from nemotron_h.inference.load import load
 from nemotron_h.machine import tune_memory
 from nemotron_h.model.hybrid import Hybrid
-from nemotron_h.model.state import State
 from nemotron_h.ops.jit import kernels
 
 # By the kernel's file and name; what is not named is the rest.
@@ -67,21 +66,19 @@ class Timed(kernels.Recording):
     def one_by_one(self) -> Counter[str]:
         """The same of another run."""
         seconds: Counter[str] = Counter()
-        places = np.array([place.ctypes.data for place in self._launches], np.int64)
-        functions = np.array(self._functions, np.int64)
         for index, name in enumerate(self.kinds):
             began = time.perf_counter()
-            kernels.run_again(functions[index : index + 1], places[index : index + 1], torch.get_num_threads())
+            self.replay(slice(index, index + 1))
             seconds[name] += time.perf_counter() - began
         return seconds
 
 
-def timed(model: Hybrid, state: State, length: int) -> tuple[Timed, float]:
-    """What the prompt of that length, or one more token, takes up to its logits, and the seconds in all."""
+def timed(call: Callable[[], object]) -> tuple[Timed, float]:
+    """What a call of the model takes, and the seconds in all."""
     launches = Timed()
     token = kernels.RECORDING.set(launches)
     began = time.perf_counter()
-    naive.next_logits(model, [0] * length, state)
+    call()
     took = time.perf_counter() - began
     kernels.RECORDING.reset(token)
     return launches, took
@@ -91,35 +88,46 @@ def shares(what: str, runs: list[Counter[str]], wholes: list[float]) -> list[Row
     """Each kind's part of the whole, the largest first."""
     median = {name: statistics.median(run[name] for run in runs) for name in sorted(set().union(*runs))}
     whole = statistics.median(wholes)
-    rows = [row(f"{what}, ms", "ms", [1e3 * seconds for seconds in wholes], higher=False)]
+    rows = [row(what, "ms", [1e3 * seconds for seconds in wholes], higher=False)]
     for name, seconds in sorted(median.items(), key=lambda item: -item[1]):
         rows.append(row(f"{what}: {name}", "% of it", [100 * seconds / whole], higher=False))
     return rows
 
 
 @torch.no_grad()
+def prompt(model: Hybrid, what: str, length: int, n: int) -> list[Row]:
+    def read() -> None:
+        naive.next_logits(model, [0] * length, model.empty_state(1))
+
+    read()
+    runs = [timed(read) for _ in range(n)]
+    return shares(what, [launches.seconds for launches, _ in runs], [took for _, took in runs])
+
+
+@torch.no_grad()
+def step(model: Hybrid, what: str, sequences: int, length: int, n: int) -> list[Row]:
+    """One more token of each sequence."""
+    state = model.empty_state(sequences)
+    tokens = torch.zeros(sequences, length + CHUNK // 2, dtype=torch.int64)
+    model.hidden(tokens.flatten(), model.segments(tokens, state), state)
+    launches, _ = timed(lambda: model(tokens[:, :1], state))
+    wholes = []
+    for _ in range(20 * n):
+        began = time.perf_counter()
+        launches.replay()
+        wholes.append(time.perf_counter() - began)
+    return shares(what, [launches.one_by_one() for _ in range(20 * n)], wholes)
+
+
 def measured(folder: Path, precision: str, length: int, n: int) -> list[Row]:
     model = load(folder, precision=precision).model
     if model.takes_any_rows:
         model.row_multiple = 1
-    timed(model, model.empty_state(1), length)
-    prompts = [timed(model, model.empty_state(1), length) for _ in range(n)]
-    found = shares(
-        f"{precision}, prompt of {length:,} tokens",
-        [launches.seconds for launches, _ in prompts],
-        [took for _, took in prompts],
-    )
-    state = model.empty_state(1)
-    timed(model, state, length + CHUNK // 2)
-    step, _ = timed(model, state, 1)
-    wholes = []
-    for _ in range(20 * n):
-        began = time.perf_counter()
-        step.replay()
-        wholes.append(time.perf_counter() - began)
-    return found + shares(
-        f"{precision}, token after about {length:,}", [step.one_by_one() for _ in range(20 * n)], wholes
-    )
+    return [
+        *prompt(model, f"{precision}, prompt of {length:,} tokens", length, n),
+        *step(model, f"{precision}, token after about {length:,}", 1, length, n),
+        *step(model, f"{precision}, tokens of 16 after about 512 each", 16, 512, n),
+    ]
 
 
 if __name__ == "__main__":

@@ -1,18 +1,16 @@
 """Every number that was measured comes from a file in benchmarks/results, with the command and machine that gave it."""
 
-import importlib.util
 import json
 import re
 import subprocess
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from nemotron_h.evaluate.rows import row
+from tests.benchmarks import ROOT, script
 
-ROOT = Path(__file__).parent.parent
 FILES = sorted(path.name for path in (ROOT / "benchmarks" / "results").glob("*.json"))
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 STATED = re.compile(r".*<!-- stated: .+ -->.*\n?")  # a line whose number is a setting, a definition or a test's bound
@@ -22,20 +20,7 @@ MEASURED = re.compile(
 )
 
 
-def module() -> ModuleType:
-    """benchmarks/results.py, which is no package's."""
-    spec = importlib.util.spec_from_file_location("results", ROOT / "benchmarks" / "results.py")
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules["results"] = loaded  # its dataclass looks itself up
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-results = module()
+results = script("results")
 
 
 def unfounded(text: str) -> list[str]:
@@ -100,6 +85,20 @@ def test_the_best_peer_stands_beside_ours_and_the_others_behind_it() -> None:
     each = results.table(content | {"rows": [vars(slow), vars(fast) | {"what": "c"}]}).splitlines()
     assert each[0] == "|  | ours | peer | ratio | spread |"
     assert each[2] == "| a, tokens/s | 105 | slow 1: 10 | 10.5 | 10 % |"
+
+
+def test_a_command_is_told_without_where_this_machine_keeps_things() -> None:
+    line = [
+        "/work/clone/benchmarks/race.py",
+        "--cache",
+        "/tmp/cache",
+        "--llama",
+        "/home/me/llama/bin/python",
+        "--n",
+        "3",
+    ]
+    assert results.stated(line) == "python benchmarks/race.py --llama llama/bin/python --n 3"
+    assert results.stated(["benchmarks/loss.py", "/home/me/runs/laptop"]) == "python benchmarks/loss.py runs/laptop"
 
 
 def test_a_race_goes_on_with_what_was_measured_on_the_same_basis_alone(

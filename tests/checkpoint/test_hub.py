@@ -188,7 +188,7 @@ def test_the_cache_is_listed(hub: StubHub) -> None:
     assert second.size_bytes == 2 + 1000
 
 
-def test_to_load_a_model_waits_for_no_library_of_the_hubs() -> None:
+def test_the_loader_imports_no_library_of_the_hubs() -> None:
     code = "import sys, nemotron_h.inference.load; assert 'huggingface_hub' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 

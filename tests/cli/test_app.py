@@ -134,7 +134,7 @@ def test_an_interrupt_leaves_with_130(command: Callable[..., Any], monkeypatch: 
 def test_a_reader_that_leaves_is_no_error(arguments: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    line = [sys.executable, "-c", "from nemotron_h.cli.app import main; main()", *arguments]
+    line = [sys.executable, "-m", "nemotron_h", *arguments]
     done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert done.returncode == 1
@@ -143,7 +143,7 @@ def test_a_reader_that_leaves_is_no_error(arguments: list[str]) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_output_that_does_not_fit_is_one_line() -> None:
-    line = [sys.executable, "-c", "from nemotron_h.cli.app import main; main()", "show", "8b", "--json"]
+    line = [sys.executable, "-m", "nemotron_h", "show", "8b", "--json"]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 2

@@ -88,7 +88,7 @@ def test_other_settings_or_prompts_do_not_go_on(command: Command, checkpoint: Pa
 
 def test_an_interrupt_leaves_whole_lines_and_says_how_to_go_on(checkpoint: Path, tmp_path: Path) -> None:
     path = prompts_in(tmp_path, *[{"ids": [number % 300, 7]} for number in range(4000)])
-    line = [sys.executable, "-c", "from nemotron_h.cli.app import main; main()", "generate", str(checkpoint)]
+    line = [sys.executable, "-m", "nemotron_h", "generate", str(checkpoint)]
     line += ["--batch", str(path), "--max-tokens", "40", "--ignore-end", "--at-once", "4"]
     answers = tmp_path / "prompts.answers.jsonl"
 

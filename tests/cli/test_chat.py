@@ -220,7 +220,7 @@ def test_no_file_but_a_session_is_saved_over(chat: Callable[..., Ended], here: P
     (here / "report.md").write_text("precious\n")
     ended = chat("one\n/save report.md\n/save talk\n/save talk\n", ["--max-tokens", 4])
     assert ended.err.count("\n") == 1
-    assert "report.md: must be new, or a session; it is another file; name another" in ended.err
+    assert "report.md: must be new, or a session of this version; name another" in ended.err
     assert (here / "report.md").read_text() == "precious\n"
 
 

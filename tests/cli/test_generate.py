@@ -39,7 +39,7 @@ def test_a_reader_that_leaves_ends_the_stream(checkpoint: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     arguments = ["generate", str(checkpoint), "x", "--max-tokens", "1000000", "--temperature", "1", "--ignore-end"]
-    line = [sys.executable, "-c", "from nemotron_h.cli.app import main; main()", *arguments]
+    line = [sys.executable, "-m", "nemotron_h", *arguments]
     done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert done.returncode == 1

@@ -1,5 +1,6 @@
 """A session restored is the conversation as it was, to the bit, or it is refused by name."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from contextlib import closing
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from nemotron_h.config.sampling import Sampling
 from nemotron_h.errors import CapacityError, DataError, RequestError
@@ -263,6 +266,20 @@ def test_a_file_is_not_there_or_something_else(build: Build, tmp_path: Path) -> 
         engine.restore(tmp_path / "text")
     with pytest.raises(DataError, match=r"must be a whole session file; got"):
         engine.restore(tmp_path)
+
+
+@pytest.mark.parametrize("inexact", [False, True])
+def test_a_session_of_another_version_is_refused_by_name(build: Build, tmp_path: Path, *, inexact: bool) -> None:
+    model, path = build(), tmp_path / "one"
+    saved(model, path)
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    for changed in ({"format": "nemotron_h session 1"}, {"prompt_tokens": None}):
+        text = json.dumps(json.loads(metadata["session"]) | changed)
+        save_file(tensors, path, {"session": text, "sha256": hashlib.sha256(text.encode()).hexdigest()})
+        rule = r"one: must be 'nemotron_h session 2'; another version of nemotron_h saved it; go on with it there$"
+        with pytest.raises(DataError, match=rule):
+            Engine(model, config=SMALL).restore(path, inexact=inexact)
 
 
 def test_a_session_that_does_not_fit_is_refused(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

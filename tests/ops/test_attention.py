@@ -13,6 +13,7 @@ from nemotron_h.ops.attention import attention_definition, attention_paged, atte
 from nemotron_h.ops.jit.compiler import runs
 from nemotron_h.ops.segments import Segments
 from tests.compare import assert_near, double, seeded
+from tests.kernels import needs_kernels
 
 LENGTHS = [1, 63, 64, 65, 127, 128, 129, 255, 256, 257, 307, 1000]
 F, KV, D = 6, 2, 16
@@ -100,10 +101,10 @@ def test_a_query_alone_has_the_bits_of_the_whole(dtype: torch.dtype, heads: int,
         assert torch.equal(alone[0], whole[place]), place
 
 
+@needs_kernels
 @pytest.mark.parametrize("width", [8, 15, 24, 64, 80, 128])
 @pytest.mark.parametrize("by_pairs", [False, True])
 def test_bfloat16_by_pairs_and_without(*, by_pairs: bool, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("numba")
     if by_pairs and not attention.ADDS_PAIRS:
         pytest.skip("this CPU does not add products of pairs")
     monkeypatch.setattr(attention, "ADDS_PAIRS", by_pairs)
@@ -116,10 +117,10 @@ def test_bfloat16_by_pairs_and_without(*, by_pairs: bool, width: int, monkeypatc
         assert torch.equal(alone[0], whole[place]), place
 
 
+@needs_kernels  # the torch form multiplies weights of zero too
 @pytest.mark.parametrize("place", [0, 1, 254, 255, 299])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_not_finite_stays_with_the_queries_that_see_it(dtype: torch.dtype, place: int) -> None:
-    pytest.importorskip("numba")  # the torch form multiplies weights of zero too
     q, k, v = random(300, seed=9, dtype=dtype)
     (want,) = by_pages([(q, k, v)], [0])
     for poisoned in (k, v):

@@ -12,9 +12,9 @@ from nemotron_h.errors import ShapeError
 from nemotron_h.ops import linear as room
 from nemotron_h.ops.jit import floats
 from nemotron_h.ops.jit.blocks import STREAMS
-from nemotron_h.ops.jit.compiler import MISSING
 from nemotron_h.ops.linear import AT_ONCE, Blocks, FewRows, few_rows, in_blocks, linear, packed
 from tests.compare import assert_near, seeded
+from tests.kernels import needs_kernels
 
 # shapes whose plain product gives a row other bits at another place, on some number of threads
 SHAPES = [(40, 77), (40, 4), (8, 134), (40, 110), (68, 10), (8, 25), (104, 14), (2, 113)]
@@ -145,7 +145,6 @@ def test_what_a_packed_matrix_cannot_take_is_refused() -> None:
                 way(x)
 
 
-needs_kernels = pytest.mark.skipif(bool(MISSING), reason=f"kernels cannot run: {MISSING}")
 # (out, into): odd ones, fewer inputs than parts, whole pieces and a few words more
 BLOCKS = [(64, 64), (100, 77), (200, 8), (130, 1040), (64, 3), (1, 258), (640, 2050)]
 COUNTS = (1, 2, 3, 4, 5, 6, 8, 11, 12, 13, 14, 15, 16, 17, 18, 64)  # rows: each way to go through them
@@ -276,11 +275,11 @@ torch.save(out, sys.argv[1])
     assert all(torch.equal(a, b) for a, b in zip(here, there[1:], strict=True))
 
 
+@needs_kernels
 @pytest.mark.parametrize(
     "told", [{"NUMBA_CPU_NAME": "generic"}, {"NUMBA_CPU_FEATURES": "+fma,+avx2"}, {"NUMBA_ENABLE_AVX": "0"}]
 )
 def test_where_kernels_are_compiled_for_another_cpu_onednn_does_it_all(told: dict[str, str]) -> None:
-    pytest.importorskip("numba")
     program = (
         "import torch; from nemotron_h.ops.linear import few_rows, packed; "
         "print(few_rows(packed(torch.randn(64, 256).bfloat16())))"

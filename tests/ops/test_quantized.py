@@ -15,6 +15,7 @@ from nemotron_h.ops.jit.compiler import FEATURES
 from nemotron_h.ops.jit.nibbles import GROUP, SCALES
 from nemotron_h.ops.quantized import MOST_INPUTS, Matrix, quantized_linear, quantized_linear_torch, rounded_rows
 from tests.compare import seeded
+from tests.kernels import needs_kernels
 
 # outputs and inputs that fill whole blocks, groups and words, and that do not
 SHAPES = [(64, 32), (1, 1), (3, 5), (65, 33), (130, 1000), (256, 1024), (70, 2100)]
@@ -190,10 +191,10 @@ OTHERS = {  # environment, whether there is one instruction, sums of a vector
 }
 
 
+@needs_kernels
 @pytest.mark.slow
 @pytest.mark.parametrize("instructions", OTHERS)
 def test_other_instructions_have_the_same_bits(instructions: str, tmp_path: Path) -> None:
-    pytest.importorskip("numba")
     program = """
 import sys, torch
 from tests.ops.test_quantized import SHAPES, drawn

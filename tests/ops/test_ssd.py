@@ -10,10 +10,10 @@ from torch import Tensor
 
 from nemotron_h.errors import ShapeError
 from nemotron_h.grid import CHUNK
-from nemotron_h.ops.jit.compiler import MISSING
 from nemotron_h.ops.segments import Segments
 from nemotron_h.ops.ssd import Past, keep_inputs, ssd, ssd_recurrence
 from tests.compare import assert_near, double, seeded
+from tests.kernels import needs_kernels
 
 LENGTHS = [1, 63, 64, 65, 127, 128, 129, 256, 307, 1000, 4096]
 H, P, G, N = 4, 8, 2, 16
@@ -254,7 +254,7 @@ def test_what_decays_at_once_stays_finite() -> None:
         assert_near(value, exact_value, 1e-4)
 
 
-@pytest.mark.skipif(bool(MISSING), reason=f"kernels cannot run: {MISSING}")
+@needs_kernels
 def test_what_has_faded_is_nothing() -> None:
     """dt A of -1.5 a token, and only the first one says anything: what is left of it gets smaller than the smallest
     number of float32's full precision. Such numbers would make a CPU slow, and say nothing."""

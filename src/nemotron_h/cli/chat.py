@@ -326,7 +326,7 @@ class Chat:
             try:
                 read_header(path)
             except DataError:
-                raise RequestError(f"{path}: must be new, or a session; it is another file; name another") from None
+                raise RequestError(f"{path}: must be new, or a session of this version; name another") from None
         self.talk.save(path)
         self.say(f"{path}: {count(len(self.talk.turns))}, {format_bytes(path.stat().st_size)}", dim=True)
 

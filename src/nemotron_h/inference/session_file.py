@@ -15,6 +15,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,13 +104,11 @@ def checked_header(path: Path, metadata: Mapping[str, str]) -> Header:
     text = metadata.get("session", "")
     if hashlib.sha256(text.encode()).hexdigest() != metadata.get("sha256") or len(metadata) != 2:
         raise DataError(f"{path}: the header is damaged, or none of a session; take an older copy")
-    try:
+    with suppress(ValidationError):
         header = TypeAdapter(Header).validate_json(text)
-    except ValidationError:
-        raise DataError(f"{path}: must be a session of this version's making ({FORMAT}); it is another") from None
-    if header.format != FORMAT:
-        raise DataError(f"{path}: must be {FORMAT!r}; got {header.format!r}")
-    return header
+        if header.format == FORMAT:
+            return header
+    raise DataError(f"{path}: must be {FORMAT!r}; another version of nemotron_h saved it; go on with it there")
 
 
 def check_agrees(

@@ -166,9 +166,8 @@ def _ssd(
     inner = inputs.shape[1] - 2 * g * n
     p = inner // h
     owner, begins, counts, rows = segments.grid
-    nothing = torch.empty(0, CHUNK, dtype=inputs.dtype)
-    kept_x = array(past.x.view(-1, p) if past is not None else nothing)
-    kept_B = array(past.B.view(-1, CHUNK) if past is not None else nothing)
+    kept_x = array(past.x.view(-1, p) if past is not None else torch.empty(0, p, dtype=inputs.dtype))
+    kept_B = array(past.B.view(-1, CHUNK) if past is not None else torch.empty(0, CHUNK, dtype=inputs.dtype))
     boundary = past.boundary.view(-1, p) if past is not None else torch.empty(0, p)
     scores, y = torch.empty(len(inputs), g * CHUNK), torch.empty(len(inputs), inner)
     array(y)[segments.tokens :] = 0

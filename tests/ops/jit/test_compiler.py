@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from nemotron_h.ops.jit import compiler, floats, quantized
+from tests.kernels import need_kernels
 
-numba = pytest.importorskip("numba")
+need_kernels()
 
 
 @compiler.piece
@@ -11,7 +12,7 @@ def _halved(n):  # type: ignore[no-untyped-def]
     return n // 2
 
 
-@numba.njit
+@compiler.numba.njit
 def _halvings(n):  # type: ignore[no-untyped-def]
     count = 0
     while n > 1:

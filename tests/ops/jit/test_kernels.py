@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from nemotron_h.ops.jit import compiler, kernels
+from tests.kernels import need_kernels
 
-pytest.importorskip("numba")
+need_kernels()
 
 
 @kernels.kernel(2)

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from nemotron_h.ops.jit import lanes
+from nemotron_h.ops.jit.compiler import numba
+from tests.kernels import need_kernels
 
-numba = pytest.importorskip("numba")
+need_kernels()
 
 
 @numba.njit(error_model="numpy")

@@ -1,12 +1,13 @@
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
 from nemotron_h.ops.jit import scalars
+from nemotron_h.ops.jit.compiler import numba
+from tests.kernels import need_kernels
 
-numba = pytest.importorskip("numba")
+need_kernels()
 
 
 @numba.njit

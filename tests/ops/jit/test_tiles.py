@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from nemotron_h.ops.jit import tiles
+from nemotron_h.ops.jit.compiler import numba
 from nemotron_h.ops.jit.pairs import ADDS_PAIRS, load_pairs
 from nemotron_h.ops.jit.scalars import array
+from tests.kernels import need_kernels
 
-numba = pytest.importorskip("numba")
+need_kernels()
 
 
 @numba.njit(error_model="numpy")

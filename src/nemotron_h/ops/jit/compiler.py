@@ -47,7 +47,7 @@ def said_once(reason: str) -> None:
 
 def runs(*tensors: Tensor) -> bool:
     """Can kernels take these tensors? On the CPU, in float32 or bfloat16, where numba can compile for it."""
-    for t in tensors:  # a generator takes several times as long, and this is asked hundreds of times a token
+    for t in tensors:  # no generator: this is asked hundreds of times a token
         if not t.is_cpu or t.dtype not in (torch.bfloat16, torch.float32):
             return False
     if numba is None:

@@ -51,12 +51,13 @@ class Recording:
         self._launches.append(place)
         self._kept.append(rest)
 
-    def replay(self) -> None:
-        """Run all launches again. Raises: MemoryError."""
+    def replay(self, which: slice = slice(None)) -> None:
+        """Run all launches again, or those. Raises: MemoryError."""
         if self._tables is None:
             places = [place.ctypes.data for place in self._launches]
             self._tables = np.array(self._functions, np.int64), np.array(places, np.int64)
-        if run_again(*self._tables, torch.get_num_threads() if SHARED else 1):
+        functions, launches = self._tables
+        if run_again(functions[which], launches[which], torch.get_num_threads() if SHARED else 1):
             raise MemoryError("a task of a kernel failed, most likely for lack of memory")
 
 

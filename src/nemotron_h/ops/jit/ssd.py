@@ -43,8 +43,8 @@ FADED = f(-60)  # the exponent of a decay that counts as nothing
 
 @inline
 def fade(x):  # type: ignore[no-untyped-def]
-    """e^x; 0 where x is below FADED: beside a term of its own size a float32 sum could not show it, and its products
-    soon sink below the numbers that float32 has in full, with which a CPU is far slower."""
+    """e^x; 0 where x is below FADED: beside what has not decayed a float32 sum could not show it, and its products soon
+    sink below the numbers that float32 has in full, with which a CPU is far slower."""
     return f(0) if x < FADED else exp(x)
 
 

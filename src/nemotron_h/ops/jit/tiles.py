@@ -1,4 +1,5 @@
-"""Tiles, small float32 matrices that lie in cache: their product in vector registers, and what else is done with them.
+"""Tiles, small float32 matrices: their product in vector registers, and what else is done with them. They lie in cache,
+but for the state that a decode step's only row meets.
 
     out[i, q] += factors[i, 0] rows[0, q] + factors[i, 1] rows[1, q] + ...
 
@@ -103,7 +104,7 @@ if numba is not None:
         sums = [[cgutils.alloca_once_value(builder, loaded(place)) for place in line] for line in outs]
         with cgutils.for_range(builder, count) as loop:
             row = move(rows, rows_step, loop.index)
-            if height == 1:  # it takes as long as memory, which is asked for what comes next
+            if height == 1 and lanes > 1:  # a step's only row: memory is asked for what comes next
                 for place in places(move(row, rows_step, WORD(SOON))):
                     ask_memory(builder, place)
             vectors = [loaded(place) for place in places(row)]
