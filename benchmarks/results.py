@@ -28,6 +28,7 @@ from nemotron_h.evaluate.rows import Row
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
 RACE = "benchmarks/race.py"
+PART = "% of it"  # unit of a row that is part of another one
 VARIABLES = ("OMP_", "ATEN_", "ONEDNN_")  # of the environment, that change how fast or in which order torch computes
 BLOCK = re.compile(r"(<!-- results (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -107,9 +108,43 @@ def stated(line: Sequence[str]) -> str:
 
 
 def table(content: dict[str, Any]) -> str:
-    """A results file as Markdown: a line for each measurement. Its peers stand in a column, or, where the file has
-    several, the best of them in one and the others in another. Under it, what gave it, and who is not in it."""
+    """A results file as Markdown: under its table, what gave it, and who is not in it."""
     rows = content["rows"]
+    lines = parts_of_wholes(rows) if any(entry["unit"] == PART for entry in rows) else comparisons(rows)
+    features = ", ".join(content["cpu_features"])
+    lines += [
+        "",
+        f"{described(rows)}; `{content['command']}`, "
+        f"{content['date']}, commit {content['commit']}, {content['cpu']} ({features}), {content['threads']} threads, "
+        f"torch {content['torch']}.",
+    ]
+    reasons: dict[str, list[str]] = {}
+    for who, reason in content["absent"].items():
+        reasons.setdefault(reason, []).append(who)
+    if reasons:
+        lines.append("Not in it: " + ". ".join(f"{'; '.join(who)}: {reason}" for reason, who in reasons.items()) + ".")
+    if content["command"].startswith(f"python {RACE}"):
+        lines.append(cost_of_formats(rows))
+    return "\n".join(lines) + "\n"
+
+
+def parts_of_wholes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each whole, a column for each part: `whole: part`."""
+    parts = {entry["what"].partition(": ")[::2]: entry["ours"] for entry in rows if entry["unit"] == PART}
+    columns = list(dict.fromkeys(part for _, part in parts))
+    lines = [f"| {' | '.join(['', 'all', *columns])} |", "|---" + "|---:" * (1 + len(columns)) + "|"]
+    for entry in rows:
+        if entry["unit"] != PART:
+            whole = f"{number(entry['ours'])} {entry['unit']}"
+            shares = [parts.get((entry["what"], part)) for part in columns]
+            cells = ["" if share is None else f"{share:.0f} %" for share in shares]
+            lines.append(f"| {' | '.join([entry['what'], whole, *cells])} |")
+    return lines
+
+
+def comparisons(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each measurement. Its peers stand in a column, or, where there are several, the best of them in one
+    and the others in another."""
     grouped: dict[str, list[dict[str, Any]]] = {}
     for entry in rows:
         grouped.setdefault(f"{entry['what']}, {entry['unit']}", []).append(entry)
@@ -131,21 +166,7 @@ def table(content: dict[str, Any]) -> str:
     for what, entries in grouped.items():
         best_first = sorted(entries, key=lambda entry: entry["ratio"] or 0)
         lines.append(f"| {' | '.join([what, *(cell(best_first) for cell in columns.values())])} |")
-    features = ", ".join(content["cpu_features"])
-    lines += [
-        "",
-        f"{described(rows)}; `{content['command']}`, "
-        f"{content['date']}, commit {content['commit']}, {content['cpu']} ({features}), {content['threads']} threads, "
-        f"torch {content['torch']}.",
-    ]
-    reasons: dict[str, list[str]] = {}
-    for who, reason in content["absent"].items():
-        reasons.setdefault(reason, []).append(who)
-    if reasons:
-        lines.append("Not in it: " + ". ".join(f"{'; '.join(who)}: {reason}" for reason, who in reasons.items()) + ".")
-    if content["command"].startswith(f"python {RACE}"):
-        lines.append(cost_of_formats(rows))
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def cost_of_formats(rows: Sequence[dict[str, Any]]) -> str:

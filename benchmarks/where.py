@@ -12,10 +12,12 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from results import commit, write
+from results import PART, commit, write
 
 from nemotron_h.evaluate.rows import Row, row
 from nemotron_h.evaluate.speed import TYPES, untrained
@@ -26,7 +28,7 @@ from nemotron_h.machine import tune_memory
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.ops.jit import kernels
 
-# By the kernel's file and name; what is not named is the rest.
+# By the kernel's file and name; others are `OTHER`.
 KINDS = {
     "linear": "products",
     "floats": "products",
@@ -38,7 +40,7 @@ KINDS = {
     "conv": "convolution",
     "norm": "norms",
 }
-OTHER = "the rest"
+OTHER, BETWEEN = "other kernels", "between kernels: torch and Python"
 
 
 def kind(launch: object) -> str:
@@ -50,21 +52,31 @@ def kind(launch: object) -> str:
 
 
 class Timed(kernels.Recording):
-    """A recording that also says how long each launch took, by kind."""
+    """Times each launch, by kind, and remembers none: what a launch was of is free for the next one, as always."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seconds: Counter[str] = Counter()
-        self.kinds: list[str] = []
 
     def add(self, launch: object, count: int, threads: int, some: int, rest: tuple[object, ...]) -> None:
         began = time.perf_counter()
+        launch(0, count, threads, some, *rest)  # type: ignore[operator]
+        self.seconds[kind(launch)] += time.perf_counter() - began
+
+
+class Named(kernels.Recording):
+    """A recording that knows the kind of each launch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds: list[str] = []
+
+    def add(self, launch: object, count: int, threads: int, some: int, rest: tuple[object, ...]) -> None:
         super().add(launch, count, threads, some, rest)
         self.kinds.append(kind(launch))
-        self.seconds[self.kinds[-1]] += time.perf_counter() - began
 
     def one_by_one(self) -> Counter[str]:
-        """The same of another run."""
+        """Seconds of another run of each, by kind."""
         seconds: Counter[str] = Counter()
         for index, name in enumerate(self.kinds):
             began = time.perf_counter()
@@ -73,15 +85,17 @@ class Timed(kernels.Recording):
         return seconds
 
 
-def timed(call: Callable[[], object]) -> tuple[Timed, float]:
-    """What a call of the model takes, and the seconds in all."""
-    launches = Timed()
-    token = kernels.RECORDING.set(launches)
-    began = time.perf_counter()
-    call()
-    took = time.perf_counter() - began
-    kernels.RECORDING.reset(token)
-    return launches, took
+R = TypeVar("R", bound=kernels.Recording)
+
+
+def of_call(call: Callable[[], object], made: R) -> R:
+    """What a call of the model takes."""
+    token = kernels.RECORDING.set(made)
+    try:
+        call()
+    finally:
+        kernels.RECORDING.reset(token)
+    return made
 
 
 def shares(what: str, runs: list[Counter[str]], wholes: list[float]) -> list[Row]:
@@ -90,18 +104,21 @@ def shares(what: str, runs: list[Counter[str]], wholes: list[float]) -> list[Row
     whole = statistics.median(wholes)
     rows = [row(what, "ms", [1e3 * seconds for seconds in wholes], higher=False)]
     for name, seconds in sorted(median.items(), key=lambda item: -item[1]):
-        rows.append(row(f"{what}: {name}", "% of it", [100 * seconds / whole], higher=False))
+        rows.append(row(f"{what}: {name}", PART, [100 * seconds / whole], higher=False))
     return rows
 
 
 @torch.no_grad()
 def prompt(model: Hybrid, what: str, length: int, n: int) -> list[Row]:
-    def read() -> None:
-        naive.next_logits(model, [0] * length, model.empty_state(1))
-
-    read()
-    runs = [timed(read) for _ in range(n)]
-    return shares(what, [launches.seconds for launches, _ in runs], [took for _, took in runs])
+    runs, wholes = list[Counter[str]](), list[float]()
+    for _ in range(1 + n):  # the first one compiles
+        read = partial(naive.next_logits, model, [0] * length, model.empty_state(1))
+        began = time.perf_counter()
+        seconds = of_call(read, Timed()).seconds
+        wholes.append(time.perf_counter() - began)
+        seconds[BETWEEN] = wholes[-1] - seconds.total()
+        runs.append(seconds)
+    return shares(what, runs[1:], wholes[1:])
 
 
 @torch.no_grad()
@@ -110,7 +127,7 @@ def step(model: Hybrid, what: str, sequences: int, length: int, n: int) -> list[
     state = model.empty_state(sequences)
     tokens = torch.zeros(sequences, length + CHUNK // 2, dtype=torch.int64)
     model.hidden(tokens.flatten(), model.segments(tokens, state), state)
-    launches, _ = timed(lambda: model(tokens[:, :1], state))
+    launches = of_call(lambda: model(tokens[:, :1], state), Named())
     wholes = []
     for _ in range(20 * n):
         began = time.perf_counter()

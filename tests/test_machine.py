@@ -1,11 +1,15 @@
+import ctypes
+import mmap
 import os
+import re
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
-from nemotron_h import machine
+from nemotron_h import PRESETS, machine
+from nemotron_h.model.state import MambaState, State
 
 GIB = 2**30
 
@@ -110,3 +114,53 @@ def test_the_slower_call_is_found_to_be_slower() -> None:
 def test_the_cpu_has_a_name_and_features_that_are_known() -> None:
     assert machine.cpu_name()
     assert set(machine.cpu_features()) <= set(machine.FEATURES)
+
+
+def advised(address: int) -> list[str]:
+    """What the kernel was told of the memory at an address, in two letters each."""
+    inside = False
+    smaps = Path("/proc/self/smaps")
+    for line in smaps.read_text().splitlines() if smaps.exists() else []:
+        if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
+            begin, end = (int(part, 16) for part in line.split()[0].split("-"))
+            inside = begin <= address < end
+        if inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    return []
+
+
+def advice_is_told() -> bool:
+    """Whether this system says of memory what it was advised: some sandboxes have the files and leave that out."""
+    if not hasattr(mmap, "MADV_NOHUGEPAGE"):
+        return False
+    with mmap.mmap(-1, 2**20) as memory:
+        try:
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+        except OSError:
+            return False
+        view = ctypes.c_char.from_buffer(memory)
+        told = "nh" in advised(ctypes.addressof(view))
+        del view
+        return told
+
+
+tells_advice = pytest.mark.skipif(not advice_is_told(), reason="this system does not tell how memory was advised")
+
+
+@tells_advice
+def test_small_pages_are_those_of_the_tensor_and_of_nobody_beside_it() -> None:
+    both = torch.empty(2, 2**24, dtype=torch.uint8)
+    machine.in_small_pages(both[1])
+    assert "nh" in advised(both[1].data_ptr() + 2**23)
+    assert "nh" not in advised(both[0].data_ptr() + 2**23)
+    machine.in_small_pages(torch.empty(8))  # less than a page
+    machine.in_small_pages(torch.empty(8, device="meta"))
+
+
+@tells_advice
+def test_a_pools_snapshots_take_memory_as_they_are_written() -> None:
+    state = State.pool(PRESETS["8b"], 8, 0, dtype=torch.bfloat16)
+    state.seldom_read(3)
+    boundary = next(layer for layer in state.layers if isinstance(layer, MambaState)).boundary
+    assert "nh" in advised(boundary[5].data_ptr())
+    assert "nh" not in advised(boundary[1].data_ptr())

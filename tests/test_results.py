@@ -87,6 +87,17 @@ def test_the_best_peer_stands_beside_ours_and_the_others_behind_it() -> None:
     assert each[2] == "| a, tokens/s | 105 | slow 1: 10 | 10.5 | 10 % |"
 
 
+def test_parts_stand_beside_their_whole() -> None:
+    content = json.loads((ROOT / "benchmarks" / "results" / FILES[0]).read_text())
+    wholes = [row("a", "ms", [100, 110], higher=False), row("b", "ms", [7], higher=False)]
+    parts = [
+        row(what, results.PART, [share], higher=False) for what, share in (("a: x", 61.2), ("a: y", 38), ("b: y", 9))
+    ]
+    lines = results.table(content | {"rows": [vars(one) for one in (*wholes, *parts)]}).splitlines()
+    assert lines[0] == "|  | all | x | y |"
+    assert lines[2:4] == ["| a | 105 ms | 61 % | 38 % |", "| b | 7 ms |  | 9 % |"]
+
+
 def test_a_command_is_told_without_where_this_machine_keeps_things() -> None:
     line = [
         "/work/clone/benchmarks/race.py",

@@ -7,6 +7,7 @@ tens of times slower than float32, and says nothing of it.
 
 import ctypes
 import math
+import mmap
 import os
 import platform
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 import psutil
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
@@ -108,6 +110,21 @@ def tune_memory() -> None:
         trim_threshold, mmap_threshold = -1, -3  # of malloc.h
         mallopt(trim_threshold, 2**30)
         mallopt(mmap_threshold, 2**25)  # the largest that every glibc takes
+
+
+def in_small_pages(tensor: Tensor) -> None:
+    """Have a CPU tensor's memory taken from the machine in its smallest pages as it is written, whatever `tune_memory`
+    asked for. A large page is cleared whole, and free memory may have to be moved out of its way first: for what is
+    written in pieces here and there, and seldom read, that takes many times as long as writing it.
+    """
+    madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
+    if madvise is None or tensor.device.type != "cpu":
+        return
+    page = mmap.PAGESIZE
+    begin, end = -(-tensor.data_ptr() // page) * page, (tensor.data_ptr() + tensor.nbytes) // page * page
+    if begin < end:
+        # advice: a kernel without large pages answers that it knows none
+        madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_NOHUGEPAGE)
 
 
 def cpu_name() -> str:

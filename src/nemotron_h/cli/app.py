@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 our fault or nobody reads our output, 2 the user's, 130 and 143 interrupted and terminated.
 """
 
+import gc
 import logging
 import os
 import sys
@@ -58,6 +59,7 @@ def options(
 
 def main() -> None:
     """Run the command line; leave with its exit code."""
+    gc.set_threshold(100_000, 50)  # torch and the kernels' compiler make millions of objects, and nearly all stay
     arguments, debug = without_debug(sys.argv[1:])
     logging.basicConfig(format="note: %(message)s")
     logging.getLogger("nemotron_h").setLevel(logging.INFO)
