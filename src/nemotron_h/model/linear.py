@@ -29,13 +29,24 @@ class Linear(nn.Module):
             self.__dict__.pop("kernel", None)  # it reads the one before
         super().__setattr__(name, value)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy: what oneDNN laid out can only be copied as the plain matrix, which is laid out again."""
+        state = self.__dict__.copy()
+        if self.weight.is_mkldnn:
+            depth = self.kernel.depth if isinstance(self.kernel, FewRows) else None
+            plain = nn.Parameter(self.plain(), requires_grad=False)
+            state |= {"_parameters": {"weight": plain}, "kernel": None, "packed_with": depth}
+        return state
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy: its kernel reads its own weight."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if isinstance(self.kernel, Blocks):
             self.kernel = Blocks(self.kernel.shape, self.weight.detach())
-        elif self.kernel is not None:
-            self.kernel = few_rows(self.weight, self.kernel.depth)
+        elif "packed_with" in self.__dict__:
+            depth = self.__dict__.pop("packed_with")
+            self.weight = nn.Parameter(packed(self.weight.detach()), requires_grad=False)
+            self.kernel = None if depth is None else few_rows(self.weight, depth)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.kernel(x) if self.kernel is not None and len(x) <= self.kernel.most_rows else linear(x, self.weight)

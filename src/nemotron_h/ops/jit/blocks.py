@@ -95,7 +95,8 @@ if numba is not None:
         """For numba: the same for all rows of sums (rows, OUTS), `height` of them and `width` outputs at a time.
 
         Groups of rows ask memory in turn for STREAMS runs of lines, a line for each word, `apart` words after each
-        other from the word `ahead` of `asked` on; turn: which run is the first.
+        other from the word `ahead` of `asked` on; turn: which run is the first. As many words as were multiplied are
+        OUTS / LINE runs: of rows too few for as many high groups, groups are lower.
         """
         one = block_sums(1, OUTS, of_sums, add, streams)
         two, three, four = (block_sums(rows, width, of_sums, add, streams) for rows in (2, 3, 4))
@@ -104,10 +105,11 @@ if numba is not None:
         def go_on(x, step, weights, first, begin, end, asked, ahead, apart, turn, sums):  # type: ignore[no-untyped-def]
             one_copy()
             rows, last = sums.shape[0], len(asked) - (end - begin) * LINE
+            high = height if rows > (OUTS // LINE - 1) * height else SMALL
             row = 0
             while row < rows:
                 left = rows - row
-                taken = height if left >= height else min(left, SMALL)
+                taken = high if left >= high else min(left, SMALL)
                 soon = min(ahead + turn % STREAMS * apart, last)
                 if taken == 1:
                     one(x, step, weights, first, begin, end, asked, soon, sums, row, 0)

@@ -76,8 +76,11 @@ if numba is not None:
 
     @intrinsic  # type: ignore[untyped-decorator]
     def expand_group(typing, words, at, scales, group, tile, to):  # type: ignore[no-untyped-def]
-        """tile[to : to + 2 * DEEP * OUTS] = the group's integers in quads. Codes are multiplied two bytes at a time: no
-        product passes 210, so nothing is carried."""
+        """tile[to : to + 2 * DEEP * OUTS] = the group's integers in quads, of the scale's size |s|:
+
+            s > 0: code |s| - 8 |s|        s < 0: (15 - code) |s| - 7 |s|
+
+        Codes are multiplied two bytes at a time: no product passes 210, so nothing is carried."""
 
         def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
             address = in_arrays(context, builder, signature, args)
@@ -85,14 +88,15 @@ if numba is not None:
             start, pairs, into = address(0, at), address(2, group, PLACE(0)), address(4, to)
             for column in range(0, OUTS, LANES):
                 scale = scales_at(builder, pairs, column)
-                sign = builder.ashr(scale, everywhere(31))
-                size = builder.sub(builder.xor(scale, sign), sign)
-                times = builder.bitcast(builder.mul(size, everywhere(0x00010001)), HALVES)
-                offset = builder.bitcast(builder.mul(size, everywhere(0x08080808)), BYTES)
-                sign = builder.bitcast(sign, BYTES)
+                negative = builder.ashr(scale, everywhere(31))
+                size = builder.sub(builder.xor(scale, negative), negative)
+                sizes = builder.mul(size, everywhere(0x01010101))
+                times = builder.bitcast(builder.and_(sizes, everywhere(0x00FF00FF)), HALVES)
+                nothing = builder.sub(builder.shl(sizes, everywhere(3)), builder.and_(sizes, negative))
+                nothing, flipped = builder.bitcast(nothing, BYTES), builder.and_(negative, everywhere(0x0F0F0F0F))
                 for quad, codes in codes_at(builder, start, column):
-                    product = builder.bitcast(builder.mul(builder.bitcast(codes, HALVES), times), BYTES)
-                    integers = builder.sub(builder.xor(builder.sub(product, offset), sign), sign)
+                    factors = builder.bitcast(builder.xor(codes, flipped), HALVES)
+                    integers = builder.sub(builder.bitcast(builder.mul(factors, times), BYTES), nothing)
                     place = builder.gep(into, [PLACE(quad * OUTS + column)])
                     builder.store(
                         builder.bitcast(integers, WORDS), builder.bitcast(place, WORDS.as_pointer())
