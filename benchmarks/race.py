@@ -1,11 +1,13 @@
 """The race: this project at each precision against llama.cpp, vLLM and transformers, taking turns in one run.
 
     python benchmarks/race.py [--llama PYTHON] [--vllm PYTHON] [--transformers PYTHON] [--n 5] [--part PART]
+        [--named MACHINE]
 
 Each part is a file of results, written anew whenever one more of its rows is measured; run again with the same peers,
 rows that this code has measured are left out. `peers.sh` makes the environments of the peers. All are given the same
 weights, llama.cpp as bf16, Q8_0 and Q4_0, whose head and embedding are Q8_0. They are random: what a format costs in
-accuracy is measured of a trained model (`loss.py`), and said under each table.
+accuracy is measured of a trained model (`loss.py`), and said under each table. A second machine's results stand beside
+the first one's, in files with its name.
 """
 
 import argparse
@@ -54,6 +56,7 @@ if __name__ == "__main__":
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "nemotron_h" / "race")
     parser.add_argument("--n", type=int, default=5)
     parser.add_argument("--part", choices=[*PARTS], action="append")
+    parser.add_argument("--named", metavar="MACHINE", help="results go to race-PART-MACHINE.json")
     given, checked_out = parser.parse_args(), commit()
     given.cache.mkdir(parents=True, exist_ok=True)
     peers = {name: python for name in MODULES if (python := getattr(given, name)) is not None}
@@ -63,7 +66,8 @@ if __name__ == "__main__":
     for name, part in PARTS.items():
         if given.part is not None and name not in given.part:
             continue
-        rows, absent = measured(f"race-{name}", basis)
+        file = f"race-{name}" + (f"-{given.named}" if given.named else "")
+        rows, absent = measured(file, basis)
         known = {row.what for row in rows}
         left = [question for question in part.questions if part.named(question.what) not in known]
         if not left:
@@ -71,4 +75,4 @@ if __name__ == "__main__":
         race = Race(untrained(part.preset, given.cache), given.cache, peers, given.n)
         for _, found in race.run(left):
             rows += [replace(row, what=part.named(row.what)) for row in found]
-            write(f"race-{name}", rows, checked_out, basis=basis, absent=absent | race.absent)
+            write(file, rows, checked_out, basis=basis, absent=absent | race.absent)
