@@ -17,6 +17,7 @@ from pathlib import Path
 
 from results import commit, measured, sources, write
 
+from nemotron_h import machine
 from nemotron_h.evaluate.speed import MODULES, TYPES, Question, Race, decode, prefill, together, untrained
 
 NAMES = {"256m": "256 M", "4b": "4B", "8b": "8B"}
@@ -60,8 +61,8 @@ if __name__ == "__main__":
     given, checked_out = parser.parse_args(), commit()
     given.cache.mkdir(parents=True, exist_ok=True)
     peers = {name: python for name in MODULES if (python := getattr(given, name)) is not None}
-    # what a row depends on, besides the machine
-    basis = {"sources": sources(), "n": given.n, "peers": sorted(peers)}
+    # what a row depends on
+    basis = {"sources": sources(), "n": given.n, "peers": sorted(peers), "cpu": machine.cpu_name()}
 
     for name, part in PARTS.items():
         if given.part is not None and name not in given.part:

@@ -100,7 +100,10 @@ def stated(line: Sequence[str]) -> str:
     """The command, without where this machine keeps things: its paths by their last parts, an environment's Python with
     the environment's name; a cache not at all."""
     said = ["python", f"benchmarks/{Path(line[0]).name}"]
-    for before, argument in pairwise(line):
+    words = [
+        word for argument in line for word in (argument.split("=", 1) if argument.startswith("--") else [argument])
+    ]
+    for before, argument in pairwise(words):
         parts = Path(argument).parts
         if "--cache" not in (before, argument):
             said.append("/".join(parts[-3 if "bin" in parts else -2 :]) if argument.startswith("/") else argument)
@@ -132,13 +135,13 @@ def parts_of_wholes(rows: Sequence[dict[str, Any]]) -> list[str]:
     """A line for each whole, a column for each part: `whole: part`."""
     parts = {entry["what"].partition(": ")[::2]: entry["ours"] for entry in rows if entry["unit"] == PART}
     columns = list(dict.fromkeys(part for _, part in parts))
-    lines = [f"| {' | '.join(['', 'all', *columns])} |", "|---" + "|---:" * (1 + len(columns)) + "|"]
+    lines = [f"| {' | '.join(['', 'all', *columns, 'spread'])} |", "|---" + "|---:" * (2 + len(columns)) + "|"]
     for entry in rows:
         if entry["unit"] != PART:
             whole = f"{number(entry['ours'])} {entry['unit']}"
             shares = [parts.get((entry["what"], part)) for part in columns]
             cells = ["" if share is None else f"{share:.0f} %" for share in shares]
-            lines.append(f"| {' | '.join([entry['what'], whole, *cells])} |")
+            lines.append(f"| {' | '.join([entry['what'], whole, *cells, spread([entry])])} |")
     return lines
 
 
@@ -204,7 +207,9 @@ def described(rows: Sequence[dict[str, Any]]) -> str:
     most = max(entry["n"] for entry in rows)
     if most == 1:
         return "One run each"
-    return f"Medians of {most} runs" + (" that took turns" if any(entry["peer"] for entry in rows) else "")
+    least = min(entry["n"] for entry in rows if entry["unit"] != PART and entry["n"] > 1)
+    runs = f"{most}" if least == most else f"{least} to {most}"
+    return f"Medians of {runs} runs" + (" that took turns" if any(entry["peer"] for entry in rows) else "")
 
 
 def number(value: float) -> str:

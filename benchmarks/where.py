@@ -26,6 +26,7 @@ from nemotron_h.inference import naive
 from nemotron_h.inference.load import load
 from nemotron_h.machine import tune_memory
 from nemotron_h.model.hybrid import Hybrid
+from nemotron_h.model.state import Paging
 from nemotron_h.ops.jit import kernels
 
 # By the kernel's file and name; others are `OTHER`.
@@ -127,7 +128,16 @@ def step(model: Hybrid, what: str, sequences: int, length: int, n: int) -> list[
     state = model.empty_state(sequences)
     tokens = torch.zeros(sequences, length + CHUNK // 2, dtype=torch.int64)
     model.hidden(tokens.flatten(), model.segments(tokens, state), state)
-    launches = of_call(lambda: model(tokens[:, :1], state), Named())
+    segments = model.segments(tokens[:, :1], state)
+    state.enter()
+    ids, paging = torch.zeros(segments.rows, dtype=torch.int64), Paging.of(state.tables, segments)
+    launches = Named()
+    with kernels.Watch(launches):
+        of_call(lambda: model.head(model.through(ids, segments, state, paging)), launches)
+    if launches.spoiled:
+        raise SystemExit(
+            f"{what}: must be kernels alone; got {launches.spoiled}, which is torch's; its time would be left out"
+        )
     wholes = []
     for _ in range(20 * n):
         began = time.perf_counter()

@@ -150,17 +150,17 @@ tells_advice = pytest.mark.skipif(not advice_is_told(), reason="this system does
 @tells_advice
 def test_small_pages_are_those_of_the_tensor_and_of_nobody_beside_it() -> None:
     both = torch.empty(2, 2**24, dtype=torch.uint8)
-    machine.in_small_pages(both[1])
+    machine.use_small_pages(both[1])
     assert "nh" in advised(both[1].data_ptr() + 2**23)
-    assert "nh" not in advised(both[0].data_ptr() + 2**23)
-    machine.in_small_pages(torch.empty(8))  # less than a page
-    machine.in_small_pages(torch.empty(8, device="meta"))
+    assert "nh" not in advised(both[1].data_ptr() - 1)
+    machine.use_small_pages(torch.empty(8))  # less than a page
+    machine.use_small_pages(torch.empty(8, device="meta"))
 
 
 @tells_advice
 def test_a_pools_snapshots_take_memory_as_they_are_written() -> None:
     state = State.pool(PRESETS["8b"], 8, 0, dtype=torch.bfloat16)
-    state.seldom_read(3)
+    state.use_small_pages(3)
     boundary = next(layer for layer in state.layers if isinstance(layer, MambaState)).boundary
     assert "nh" in advised(boundary[5].data_ptr())
     assert "nh" not in advised(boundary[1].data_ptr())

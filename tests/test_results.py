@@ -94,8 +94,8 @@ def test_parts_stand_beside_their_whole() -> None:
         row(what, results.PART, [share], higher=False) for what, share in (("a: x", 61.2), ("a: y", 38), ("b: y", 9))
     ]
     lines = results.table(content | {"rows": [vars(one) for one in (*wholes, *parts)]}).splitlines()
-    assert lines[0] == "|  | all | x | y |"
-    assert lines[2:4] == ["| a | 105 ms | 61 % | 38 % |", "| b | 7 ms |  | 9 % |"]
+    assert lines[0] == "|  | all | x | y | spread |"
+    assert lines[2:4] == ["| a | 105 ms | 61 % | 38 % | 10 % |", "| b | 7 ms |  | 9 % | one run |"]
 
 
 def test_a_command_is_told_without_where_this_machine_keeps_things() -> None:

@@ -112,12 +112,16 @@ def tune_memory() -> None:
         mallopt(mmap_threshold, 2**25)  # the largest that every glibc takes
 
 
-def in_small_pages(tensor: Tensor) -> None:
-    """Have a CPU tensor's memory taken from the machine in its smallest pages as it is written, whatever `tune_memory`
-    asked for. A large page is cleared whole, and free memory may have to be moved out of its way first: for what is
-    written in pieces here and there, and seldom read, that takes many times as long as writing it.
+def use_small_pages(tensor: Tensor) -> None:
+    """Have a contiguous CPU tensor's memory taken from the machine in its smallest pages as it is written, whatever
+    `tune_memory` asked for. A large page is cleared whole, and free memory may have to be moved out of its way first:
+    for what is written in pieces here and there, and seldom read, that can take longer than writing it.
+
+    The advice is of addresses: of a tensor that its allocator does not give back to the machine, it stays for the next
+    one there.
     """
-    madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
+    linux = sys.platform == "linux" and hasattr(mmap, "MADV_NOHUGEPAGE")
+    madvise = getattr(ctypes.CDLL(None), "madvise", None) if linux else None
     if madvise is None or tensor.device.type != "cpu":
         return
     page = mmap.PAGESIZE

@@ -1,3 +1,4 @@
+import gc
 import os
 import subprocess
 import sys
@@ -49,6 +50,7 @@ class Ended:
 def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
     """The command line in this process: the same function as in its own, without two seconds of imports."""
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setattr(gc, "set_threshold", lambda *_: None)
     monkeypatch.setenv("COLUMNS", "120")
 
     def run(*arguments: object) -> Ended:

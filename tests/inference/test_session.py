@@ -274,10 +274,14 @@ def test_a_session_of_another_version_is_refused_by_name(build: Build, tmp_path:
     saved(model, path)
     with safe_open(path, framework="pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    for changed in ({"format": "nemotron_h session 1"}, {"prompt_tokens": None}):
+    others = (
+        ({"format": "nemotron_h session 1"}, "'nemotron_h session 1'"),
+        ({"prompt_tokens": None}, "fields that are not of it"),
+    )
+    for changed, got in others:
         text = json.dumps(json.loads(metadata["session"]) | changed)
         save_file(tensors, path, {"session": text, "sha256": hashlib.sha256(text.encode()).hexdigest()})
-        rule = r"one: must be 'nemotron_h session 2'; another version of nemotron_h saved it; go on with it there$"
+        rule = rf"one: must be 'nemotron_h session 2'; got {got}; go on with it in the version that saved it$"
         with pytest.raises(DataError, match=rule):
             Engine(model, config=SMALL).restore(path, inexact=inexact)
 

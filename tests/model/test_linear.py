@@ -3,8 +3,9 @@ from copy import deepcopy
 import pytest
 import torch
 
+from nemotron_h.model import linear as layers
 from nemotron_h.model.linear import Linear, QuantizedLinear
-from nemotron_h.ops.linear import Blocks
+from nemotron_h.ops.linear import Blocks, FewRows
 from nemotron_h.ops.rounding import nearest
 from tests.model.shapes import FAMILY, model, random_tokens
 
@@ -45,9 +46,13 @@ def test_matrices_of_one_shape_are_tried_once_and_every_one_is_packed(monkeypatc
     assert not any(matrix.weight.requires_grad for matrix in matrices)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "blocks"), [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)])
 @torch.no_grad()
-def test_a_packed_matrix_that_is_replaced_or_copied_is_the_one_that_counts(dtype: torch.dtype) -> None:
+def test_a_packed_matrix_that_is_replaced_or_copied_is_the_one_that_counts(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, *, blocks: bool
+) -> None:
+    if not blocks:
+        monkeypatch.setattr(layers, "in_blocks", lambda _: None)
     first, second = (Linear(40, 70, dtype=dtype, device=torch.device("cpu")) for _ in range(2))
     for seed, one in enumerate((first, second)):
         torch.nn.init.normal_(one.weight, generator=torch.Generator().manual_seed(seed))
@@ -55,6 +60,9 @@ def test_a_packed_matrix_that_is_replaced_or_copied_is_the_one_that_counts(dtype
     first.pack()
     copied = deepcopy(first)
     assert torch.equal(copied(x), first(x))
+    assert type(copied.kernel) is type(first.kernel)
+    if isinstance(copied.kernel, FewRows):
+        assert copied.kernel.depth == first.kernel.depth
     if isinstance(copied.kernel, Blocks):
         copied.weight.zero_()
         assert not copied(x).any()

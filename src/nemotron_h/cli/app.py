@@ -59,7 +59,8 @@ def options(
 
 def main() -> None:
     """Run the command line; leave with its exit code."""
-    gc.set_threshold(100_000, 50)  # torch and the kernels' compiler make millions of objects, and nearly all stay
+    # what torch and the kernels' compiler make stays: to look it through again and again takes a tenth of a start
+    gc.set_threshold(100_000)
     arguments, debug = without_debug(sys.argv[1:])
     logging.basicConfig(format="note: %(message)s")
     logging.getLogger("nemotron_h").setLevel(logging.INFO)

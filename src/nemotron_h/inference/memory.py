@@ -78,7 +78,7 @@ class Memory:
         first = self.scratch + 1
         slots, dtype, keys_values = first + self.sizes.snapshots, model.compute_dtype, model.keys_values
         self.state = State.pool(config, slots, self.sizes.pages, dtype=dtype, keys_values=keys_values, device=device)
-        self.state.seldom_read(first)
+        self.state.use_small_pages(first)
         self.pages = Pages(self.sizes.pages)
         self.slots = range(first, first + self.sizes.snapshots)
         self.prefixes = Prefixes(self.slots)

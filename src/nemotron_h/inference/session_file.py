@@ -104,11 +104,13 @@ def checked_header(path: Path, metadata: Mapping[str, str]) -> Header:
     text = metadata.get("session", "")
     if hashlib.sha256(text.encode()).hexdigest() != metadata.get("sha256") or len(metadata) != 2:
         raise DataError(f"{path}: the header is damaged, or none of a session; take an older copy")
+    found = "fields that are not of it"
     with suppress(ValidationError):
         header = TypeAdapter(Header).validate_json(text)
         if header.format == FORMAT:
             return header
-    raise DataError(f"{path}: must be {FORMAT!r}; another version of nemotron_h saved it; go on with it there")
+        found = repr(header.format)
+    raise DataError(f"{path}: must be {FORMAT!r}; got {found}; go on with it in the version that saved it")
 
 
 def check_agrees(

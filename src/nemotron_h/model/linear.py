@@ -40,11 +40,12 @@ class Linear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy: its kernel reads its own weight."""
+        of_onednn = "packed_with" in state
+        depth = state.pop("packed_with", None)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if isinstance(self.kernel, Blocks):
             self.kernel = Blocks(self.kernel.shape, self.weight.detach())
-        elif "packed_with" in self.__dict__:
-            depth = self.__dict__.pop("packed_with")
+        elif of_onednn:
             self.weight = nn.Parameter(packed(self.weight.detach()), requires_grad=False)
             self.kernel = None if depth is None else few_rows(self.weight, depth)
 

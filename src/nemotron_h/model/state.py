@@ -19,7 +19,7 @@ from torch import Tensor
 from nemotron_h.config.model import AttentionConfig, MambaConfig, ModelConfig
 from nemotron_h.errors import ShapeError
 from nemotron_h.grid import AHEAD, BLOCK, CHUNK, ROWS
-from nemotron_h.machine import in_small_pages
+from nemotron_h.machine import use_small_pages
 from nemotron_h.ops.attention import keep_rows
 from nemotron_h.ops.conv import keep_last, ring_places
 from nemotron_h.ops.segments import Segments
@@ -179,11 +179,11 @@ class State:
     def __len__(self) -> int:
         return len(self.positions)
 
-    def seldom_read(self, first: int) -> None:
-        """Sequences from this one on are written and copied, not computed with: their storage is taken bit by bit."""
+    def use_small_pages(self, first: int) -> None:
+        """For sequences from this one on, which are written and copied, not computed with."""
         for layer in self._mamba():
             for tensor in _tensors(layer):
-                in_small_pages(tensor[first:])
+                use_small_pages(tensor[first:])
 
     def segments(self, lengths: Sequence[int], multiple: int = ROWS, rows: range | None = None) -> Segments:
         """The segments of a call that gives each sequence that many new tokens, with pages for all of them. multiple:

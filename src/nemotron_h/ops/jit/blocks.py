@@ -95,8 +95,8 @@ if numba is not None:
         """For numba: the same for all rows of sums (rows, OUTS), `height` of them and `width` outputs at a time.
 
         Groups of rows ask memory in turn for STREAMS runs of lines, a line for each word, `apart` words after each
-        other from the word `ahead` of `asked` on; turn: which run is the first. As many words as were multiplied are
-        OUTS / LINE runs: of rows too few for as many high groups, groups are lower.
+        other from the word `ahead` of `asked` on; turn: which run is the first. OUTS / LINE groups ask for as many
+        words as they multiply: where rows are too few for so many high groups, they are cut into groups of SMALL.
         """
         one = block_sums(1, OUTS, of_sums, add, streams)
         two, three, four = (block_sums(rows, width, of_sums, add, streams) for rows in (2, 3, 4))

@@ -52,7 +52,7 @@ class Recording:
         self._kept.append(rest)
 
     def replay(self, which: slice = slice(None)) -> None:
-        """Run all launches again, or those. Raises: MemoryError."""
+        """Run all launches again, or those in `which`. Raises: MemoryError."""
         if self._tables is None:
             places = [place.ctypes.data for place in self._launches]
             self._tables = np.array(self._functions, np.int64), np.array(places, np.int64)

@@ -92,11 +92,11 @@ if numba is not None:
                 size = builder.sub(builder.xor(scale, negative), negative)
                 sizes = builder.mul(size, everywhere(0x01010101))
                 times = builder.bitcast(builder.and_(sizes, everywhere(0x00FF00FF)), HALVES)
-                nothing = builder.sub(builder.shl(sizes, everywhere(3)), builder.and_(sizes, negative))
-                nothing, flipped = builder.bitcast(nothing, BYTES), builder.and_(negative, everywhere(0x0F0F0F0F))
+                offset = builder.sub(builder.shl(sizes, everywhere(3)), builder.and_(sizes, negative))
+                offset, flipped = builder.bitcast(offset, BYTES), builder.and_(negative, everywhere(0x0F0F0F0F))
                 for quad, codes in codes_at(builder, start, column):
                     factors = builder.bitcast(builder.xor(codes, flipped), HALVES)
-                    integers = builder.sub(builder.bitcast(builder.mul(factors, times), BYTES), nothing)
+                    integers = builder.sub(builder.bitcast(builder.mul(factors, times), BYTES), offset)
                     place = builder.gep(into, [PLACE(quad * OUTS + column)])
                     builder.store(
                         builder.bitcast(integers, WORDS), builder.bitcast(place, WORDS.as_pointer())

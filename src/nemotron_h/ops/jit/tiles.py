@@ -104,7 +104,7 @@ if numba is not None:
         sums = [[cgutils.alloca_once_value(builder, loaded(place)) for place in line] for line in outs]
         with cgutils.for_range(builder, count) as loop:
             row = move(rows, rows_step, loop.index)
-            if height == 1 and lanes > 1:  # a step's only row: memory is asked for what comes next
+            if height == 1 and lanes > 1:  # a row alone, perhaps a step's: memory is asked for what comes next
                 for place in places(move(row, rows_step, WORD(SOON))):
                     ask_memory(builder, place)
             vectors = [loaded(place) for place in places(row)]
