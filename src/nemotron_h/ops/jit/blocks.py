@@ -14,6 +14,7 @@ from nemotron_h.ops.jit.compiler import numba, one_copy, piece
 OUTS = 64  # outputs of a block
 LINE = 16  # words of a line of the cache
 STREAMS = 8
+SOON = 4  # words of each stream ahead, for which memory is asked: it follows streams by itself, but too late
 SMALL = 4  # rows, of those that are few, whose sums stay in registers together
 
 if numba is not None:
@@ -34,7 +35,7 @@ if numba is not None:
         the block's own from `first` on; sums (rows, OUTS), of the vector's elements.
         streams 1: words in order, and memory is asked for a line for each, from the word `ahead` of `asked` on. More:
         the words are cut into so many equal parts, the second word of each comes after the first ones, and what is
-        left over comes last; `asked` and `ahead` are nothing.
+        left over comes last; memory is asked for what comes in each part, and `asked` and `ahead` are nothing.
         """
         lanes = of_sums.count
         words = ir.VectorType(ir.IntType(32), lanes)
@@ -60,8 +61,11 @@ if numba is not None:
                 places = [[address(8, line, vector) for vector in vectors] for line in lines]
                 totals = [[cgutils.alloca_once_value(builder, load(p, of_sums)) for p in line] for line in places]
 
+                def of_block(k):  # type: ignore[no-untyped-def]
+                    return builder.add(first, builder.mul(k, word(OUTS)))
+
                 def add_word(k):  # type: ignore[no-untyped-def]
-                    at = builder.add(first, builder.mul(k, word(OUTS)))
+                    at = of_block(k)
                     some = [load(address(2, builder.add(at, vector)), words) for vector in vectors]
                     for line, own in zip(lines, totals, strict=True):
                         value = builder.load(address(0, builder.add(builder.mul(step, line), k)))
@@ -77,7 +81,12 @@ if numba is not None:
                         later = builder.add(ahead, builder.mul(builder.sub(k, begin), word(LINE)))
                         ask_memory(builder, address(6, later))
                     for stream in range(streams):
-                        add_word(builder.add(k, builder.mul(part, word(stream))))
+                        mine = builder.add(k, builder.mul(part, word(stream)))
+                        if streams > 1:
+                            soon = of_block(builder.add(mine, word(SOON)))
+                            for line in range(0, OUTS, LINE):
+                                ask_memory(builder, address(2, builder.add(soon, word(line))))
+                        add_word(mine)
                 if streams > 1:
                     left = builder.add(begin, builder.mul(part, word(streams)))
                     with cgutils.for_range_slice(builder, left, end, word(1)) as (k, _):

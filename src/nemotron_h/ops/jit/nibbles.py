@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from nemotron_h.ops.jit import quads
-from nemotron_h.ops.jit.blocks import OUTS
+from nemotron_h.ops.jit.blocks import LINE, OUTS
 from nemotron_h.ops.jit.compiler import FEATURES, numba
 
 GROUP = 16  # inputs of an output that share a scale
 DEEP = GROUP // 8  # words of a group, two quads each
 STREAMS = 4  # groups, a part of the inputs apart, that are multiplied side by side (`blocks.py`)
+SOON = 8  # groups ahead in each, for which memory is asked
 SCALES = (4, 5, 6, 7, 8, 10, 12, 14, -4, -5, -6, -7, -8, -10, -12, -14)  # by their four bits
 
 if numba is not None:
@@ -23,6 +24,8 @@ if numba is not None:
     from numba import types
     from numba.core import cgutils
     from numba.extending import intrinsic
+
+    from nemotron_h.ops.jit.scalars import ask_memory
 
     LANES, WORDS = quads.LANES, quads.SUMS
     BYTE, NUMBER, PLACE = ir.IntType(8), ir.IntType(32), ir.IntType(64)
@@ -127,6 +130,9 @@ if numba is not None:
                     begins = [builder.load(address(2, line, mine)) for line in lines]
                     words = address(3, builder.mul(of_all, PLACE(DEEP * OUTS)))
                     places.append((words, address(4, of_all, PLACE(0)), starts, begins))
+                    soon = builder.gep(words, [PLACE(SOON * DEEP * OUTS)])
+                    for line in range(0, DEEP * OUTS, LINE):
+                        ask_memory(builder, builder.gep(soon, [PLACE(line)]))
                 nothing, same = ir.Constant(WORDS, ir.Undefined), ir.Constant(WORDS, None)
 
                 def spread(number):  # type: ignore[no-untyped-def]
