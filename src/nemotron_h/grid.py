@@ -6,6 +6,7 @@ on this grid, never from how its prompt was cut or who else is in the call.
 
 CHUNK = 64  # tokens of the scan: the recurrent state is stored at its multiples
 BLOCK = 256  # keys of one attention product, a multiple of CHUNK
+PIECE = 64  # rows of one task of attention: it divides BLOCK, so that a piece lies in one block
 # At other counts than multiples of these, CPU kernels take other paths through a matrix product, with other bits:
 ROWS = 4  # its rows
 DEPTH = 8  # the channels that it sums over (seen in float32 on three threads and more)

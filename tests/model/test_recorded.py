@@ -62,7 +62,7 @@ def steps(calls: Calls, tokens: Tensor, lengths: list[list[int]]) -> list[Tensor
         at = state.positions[: len(of_call)]
         segments = state.segments(of_call, model.row_multiple, rows)
         new = torch.cat([tokens[row, a : a + n] for row, (a, n) in enumerate(zip(at, of_call, strict=True))])
-        logits = calls(new, segments, rows)
+        logits = calls(new.tolist(), segments, rows)
         if logits is None:
             part = state.part(rows)
             logits = model.logits(model.hidden(new, segments, part))
@@ -138,7 +138,7 @@ def test_what_a_call_gave_stays_as_it_was() -> None:
     given, copies = [], []
     for at in range(10, 14):
         segments = calls.state.segments([1], 1, range(1))
-        logits = calls(tokens[0, at : at + 1], segments, range(1))
+        logits = calls([int(tokens[0, at])], segments, range(1))
         assert logits is not None
         given.append(logits)
         copies.append(logits.clone())
@@ -187,5 +187,5 @@ def test_it_may_be_left_off() -> None:
     model = built("8b", "int4")
     tokens = shapes.random_tokens(SLOTS, 60, seed=7)
     calls = Calls(model, pool(model, [10], tokens), recorded=False)
-    assert calls(tokens[0, 10:11], calls.state.segments([1], 1, range(1)), range(1)) is None
+    assert calls([int(tokens[0, 10])], calls.state.segments([1], 1, range(1)), range(1)) is None
     assert calls.state.positions[0] == 10

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemotron_h.errors import ShapeError
-from nemotron_h.grid import BLOCK, CHUNK, ROWS
-from nemotron_h.ops.segments import PIECE, Segments
+from nemotron_h.grid import BLOCK, CHUNK, PIECE, ROWS
+from nemotron_h.ops.segments import Segments
 
 SHAPES = st.lists(st.tuples(st.integers(0, 300), st.integers(1, 200)), min_size=1, max_size=6)
 

@@ -53,14 +53,13 @@ def _call(
             wanted.append((sequence, draft))
             first = begin + end - position - 1
             last += range(first, first + 1 + len(draft))
-    ids = torch.tensor(tokens, device=model.device)
-    logits = calls(ids, segments, rows)
+    logits = calls(tokens, segments, rows)
     if logits is not None:
         given = iter([logits[row] for row in last])
     else:
         # filled up with copies of a row: the bits of a product need a multiple of rows
         picked = last + [0] * (round_up(max(1, len(last)), model.row_multiple) - len(last))
-        part = state.part(rows)
+        part, ids = state.part(rows), torch.tensor(tokens, device=model.device)
         hidden = model.hidden(ids, segments, part, torch.tensor(picked, device=model.device))
         given = iter(model.logits(hidden) if wanted else ())
         state.follow(part, rows)

@@ -24,10 +24,9 @@ import torch
 from torch import Tensor
 
 from nemotron_h.errors import ShapeError
-from nemotron_h.grid import AHEAD, CHUNK, ROWS, round_up
+from nemotron_h.grid import AHEAD, CHUNK, PIECE, ROWS, round_up
 
 FEW = 1 + AHEAD  # rows of a segment that are a few
-PIECE = 64  # rows of one task of attention: it divides BLOCK, so that a piece lies in one block
 
 
 @dataclass(frozen=True)
