@@ -44,7 +44,7 @@ BATCH = ((CHUNK, CHUNK - 3, 1), (1, 1, 1), (2, 9, 3), (1, 1, 1))
 FARTHEST = {MlpConfig: MOST_ROWS + 1, MambaConfig: CHUNK + ROWS + 1, AttentionConfig: LENGTH}
 SCAN_LIMIT = 1e-4  # of the largest output: float32 sums over a chunk, and decays whose exponents are rounded
 
-MULTIPLES = (1, ROWS, 2 * ROWS, 4 * ROWS)  # of rows, the cheapest first; 1 where kernels take any rows
+MULTIPLES = (1, ROWS, 2 * ROWS, 4 * ROWS)  # of rows, the cheapest first; 1 where kernels of ours take few
 FEW = (1, 12, 20, 36)  # rows that are tried, rounded up: our kernel's ways to multiply a few, and the library's own
 MANY_ROWS = 512  # of the product that others are compared with
 START_UP_WORK = 2**32  # multiplications of that product when a model starts: large matrices meet fewer rows

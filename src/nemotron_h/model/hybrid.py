@@ -18,7 +18,7 @@ from nemotron_h.model.linear import Linear, QuantizedLinear
 from nemotron_h.model.mamba import Gain, Mamba, Taps
 from nemotron_h.model.mlp import Mlp
 from nemotron_h.model.state import AttentionState, MambaState, Paging, State
-from nemotron_h.ops.linear import Blocks, linear
+from nemotron_h.ops.linear import linear
 from nemotron_h.ops.norm import rms_norm
 from nemotron_h.ops.rows import add, pick
 from nemotron_h.ops.segments import Segments
@@ -192,9 +192,9 @@ class Hybrid(nn.Module):
 
     @property
     def takes_any_rows(self) -> bool:
-        """Do kernels of ours multiply any number of rows by each matrix, the head too? They cannot tell how many."""
+        """Do kernels of ours multiply few rows by each matrix, the head too? They cannot tell how many there are."""
         return all(
-            isinstance(one, QuantizedLinear) or (isinstance(one, Linear) and isinstance(one.kernel, Blocks))
+            isinstance(one, QuantizedLinear) or (isinstance(one, Linear) and one.kernel is not None)
             for one in (*self.matrices.values(), self.lm_head)
         )
 

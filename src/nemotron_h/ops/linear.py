@@ -34,6 +34,7 @@ from nemotron_h.ops.shapes import expect, wants_gradient
 
 AT_ONCE = 512  # rows that a matrix in blocks is multiplied by: their sums and a piece of them stay in a core's cache
 MOST_ROWS = 32  # of a call that the kernel for packed matrices takes
+PACKED_ROWS = 4 * ROWS  # rows that oneDNN multiplies by a packed matrix are filled up to a multiple
 DEPTHS = (1024, 512)  # inputs of one chain of sums, where there are more of them than that; else one chain of all
 TRIED_OUTPUTS = 2**18  # another depth changes about one output in 5,000
 
@@ -41,13 +42,16 @@ TRIED_OUTPUTS = 2**18  # another depth changes about one output in 5,000
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (rows, in) and weight (out, in), plain and cast to x's dtype, or packed in it: (rows, out). A row's bits depend
     on that row alone where rows is a multiple of ROWS, or of what a machine asks instead (`model/check.py`): channels
-    are filled up with zeros to a multiple of DEPTH.
+    are filled up with zeros to a multiple of DEPTH, and rows for a packed matrix to one of PACKED_ROWS.
 
     Raises: ShapeError for an x that a packed matrix does not take.
     """
     if weight.is_mkldnn:
         check_reading(x, tuple(weight.shape), weight.dtype)
-        return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")  # type: ignore[no-any-return]
+        spare = -len(x) % PACKED_ROWS
+        filled = F.pad(x, (0, 0, 0, spare)) if spare else x
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(filled, weight, None, "none", [], "")
+        return out[: len(x)]
     weight, spare = weight.to(x.dtype), -x.shape[-1] % DEPTH
     if spare:
         x, weight = F.pad(x, (0, spare)), F.pad(weight, (0, spare))
