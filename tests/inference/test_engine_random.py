@@ -541,7 +541,7 @@ def test_thousands_of_events_of_other_shapes(name: str, precision: str) -> None:
         model = shapes.in_integers(deepcopy(shapes.model(name)), precision)
     else:
         model = shapes.model(name, PRECISIONS[precision])
-    assert live(Life, model, lives=60, events=60) > 3_000
+    assert live(Life, model, lives=80, events=60) > 3_000
 
 
 @pytest.mark.slow
