@@ -67,6 +67,22 @@ def test_products_that_depend_on_their_rows_are_found(monkeypatch: pytest.Monkey
     assert room.products(model("8b"), 8).holds
 
 
+def test_a_rare_difference_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In as few outputs as another order of sums changes where a row has few inputs and is rounded to bfloat16."""
+    seen = 0
+
+    def broken(self: Linear, x: Tensor) -> Tensor:
+        nonlocal seen
+        out = linear(x, self.weight)
+        if len(x) == 8 and tuple(self.weight.shape) == (16, 64):
+            seen += out.numel()
+            out[0, 0] += seen % 100_000 < out.numel()
+        return out
+
+    monkeypatch.setattr(Linear, "forward", broken)
+    assert "16 x 64 at 8 rows" in room.products(model("8b", torch.bfloat16), 8).number
+
+
 def test_the_product_of_a_tied_head_is_among_them(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(x: Tensor, weight: Tensor) -> Tensor:
         return linear(x, weight) * (1 + 2**-20 * (len(x) == 12))

@@ -176,9 +176,10 @@ def test_the_arithmetic_is_plain_values_and_its_first_difference_has_a_name(monk
     count = torch.get_num_threads()
     with threads(count + 1):
         assert first_difference(before, arithmetic(plain)) == ("machine.threads", count, count + 1)
-    plain.row_multiple = 8
-    assert first_difference(before, arithmetic(plain)) == ("row_multiple", 4, 8)
-    plain.row_multiple = 4
+    found = plain.row_multiple
+    plain.row_multiple = 2 * found
+    assert first_difference(before, arithmetic(plain)) == ("row_multiple", found, 2 * found)
+    plain.row_multiple = found
     wide = arithmetic(net(torch.float32))
     assert first_difference(before, wide) == ("compute_dtype", "bfloat16", "float32")
     monkeypatch.setattr(torch, "__version__", "9.9")

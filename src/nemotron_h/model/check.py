@@ -8,6 +8,7 @@ takes seconds: the products, and one layer of each kind.
 
 import fcntl
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise, zip_longest
@@ -48,7 +49,9 @@ MULTIPLES = (1, ROWS, 2 * ROWS, 4 * ROWS)  # of rows, the cheapest first; 1 wher
 FEW = (1, 12, 20, 36)  # rows that are tried, rounded up: our kernel's ways to multiply a few, and the library's own
 MANY_ROWS = 512  # of the product that others are compared with
 START_UP_WORK = 2**32  # multiplications of that product when a model starts: large matrices meet fewer rows
-OUTPUTS = 2**15  # compared at each number of rows: another order of sums changes one in thousands
+# Outputs compared at each number of rows, times the root of a row's inputs, with which rounding grows: another order of
+# sums changes one bfloat16 output in thousands of 1,024 inputs, one in 50,000 of 32.
+OUTPUTS = 2**21
 
 Calls = Sequence[Sequence[int]]  # of each call, of each sequence: how many new tokens
 Read = Callable[[Tensor, Segments, State], Tensor]  # new rows (tokens, ...), where they stand -> outputs (rows, ...)
@@ -174,22 +177,29 @@ def products(model: Hybrid, multiple: int, most_work: int | None = None) -> Find
     for (outs, ins, _), product in matrices.items():
         possible = most_work // (outs * ins) if most_work is not None else MANY_ROWS
         least = round_up(FEW[-1], multiple) + 1
-        rows = min(MANY_ROWS, max(possible, least))
-        x = torch.randn(round_up(rows, MULTIPLES[-1]), ins, generator=torch.Generator().manual_seed(ins))
-        x = x.to(model.device, model.compute_dtype)
-        want = product(x)
+        rows = round_up(min(MANY_ROWS, max(possible, least)), MULTIPLES[-1])
         # our kernel's ways differ along ins alone: of those that are too large, one for each ins meets all of them
         tried = FEW if possible >= least or outs == fewest[ins] else (FEW[0], FEW[-1])
         counts = sorted({round_up(count, multiple) for count in tried})
-        failed = [count for count in counts if not keeps_bits(product, x, want, count)]
-        differ += [f"{outs} x {ins} at {count} rows" for count in failed]
+        generator = torch.Generator().manual_seed(ins)
+        failed: set[int] = set()
+        for _ in range(-(-compared(ins) // (rows * outs))):
+            x = torch.randn(rows, ins, generator=generator).to(model.device, model.compute_dtype)
+            want = product(x)
+            failed |= {count for count in counts if count not in failed and not keeps_bits(product, x, want, count)}
+        differ += [f"{outs} x {ins} at {count} rows" for count in sorted(failed)]
     number = f"{len(matrices)} shapes, the same bits at any multiple of {multiple} rows"
     return Finding("rows of matrix products", not differ, ", ".join(differ) or number)
 
 
+def compared(ins: int) -> int:
+    """Outputs, of rows of so many inputs."""
+    return round(OUTPUTS / math.sqrt(ins))
+
+
 def keeps_bits(product: Callable[[Tensor], Tensor], x: Tensor, want: Tensor, count: int) -> bool:
     """Do so many rows, from places all over x (rows, ins), give what they give among all, want (rows, outs)?"""
-    places = range(1, len(x) - count + 1, count + 1)[: -(-OUTPUTS // (count * want.shape[1]))]
+    places = range(1, len(x) - count + 1, count + 1)[: -(-compared(x.shape[1]) // (count * want.shape[1]))]
     return all(torch.equal(product(x[at : at + count].clone()), want[at : at + count]) for at in places)
 
 
