@@ -96,6 +96,7 @@ def save_bars(groups: Sequence[Group], path: Path, *, title: str) -> None:
         axes.xaxis.set_visible(False)
         if group.roof:
             axes.axvline(group.roof, color="black", linestyle=":")
-            axes.annotate("roof", (group.roof, 1), xycoords=("data", "axes fraction"), ha="center", fontsize="small")
+            below = {"xycoords": ("data", "axes fraction"), "xytext": (0, -2), "textcoords": "offset points"}
+            axes.annotate("roof", (group.roof, 0), ha="center", va="top", fontsize="small", **below)
     figure.suptitle(title, x=0.01, ha="left")
     figure.savefig(path, dpi=150)
