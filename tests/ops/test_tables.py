@@ -1,5 +1,7 @@
 """What the kernel says of a call of a few rows is what the definitions say."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from hypothesis import given
@@ -15,6 +17,15 @@ need_kernels()
 CALLS = st.lists(st.tuples(st.integers(1, 3 * BLOCK), st.integers(1, FEW)), min_size=1, max_size=5)
 
 
+def made(segments: Segments, paging: Paging) -> list[Any]:
+    """All tables as the kernel makes them: of starts, lengths and pages alone, over what is wrong everywhere."""
+    want = (*segments.tables, *paging.tables)
+    *_, starts, _, lengths, table, _, _ = range(len(want))
+    got = [own.copy() if k in (starts, lengths, table) else np.full_like(own, -77) for k, own in enumerate(want)]
+    tables_of_few(1, *got)
+    return got
+
+
 @given(CALLS, st.sampled_from((1, 4, 16)), st.integers(0, 2))
 def test_tables_are_those_of_the_definitions(calls: list[tuple[int, int]], multiple: int, spare: int) -> None:
     starts, lengths = zip(*calls, strict=True)
@@ -22,12 +33,7 @@ def test_tables_are_those_of_the_definitions(calls: list[tuple[int, int]], multi
     assert segments.few
     tables = [[100 * s + block for block in range(-(-(a + n) // BLOCK))] for s, (a, n) in enumerate(calls)]
     paging = Paging.of(tables, segments, max(map(len, tables)) + spare)
-    want = (*segments.tables, *paging.tables)
-    *_, starts_at, _, lengths_at, table, _, _ = range(len(want))
-    given_ones = {starts_at, lengths_at, table}
-    got = [own.copy() if place in given_ones else np.full_like(own, -77) for place, own in enumerate(want)]
-    tables_of_few(1, *got)
-    for own, one in zip(got, want, strict=True):
+    for own, one in zip(made(segments, paging), (*segments.tables, *paging.tables), strict=True):
         assert np.array_equal(own, one)
 
 
@@ -38,8 +44,7 @@ def test_chunks_pieces_and_pages_end_where_they_should() -> None:
             for length in (1, 2, 3):
                 segments = Segments((start,), (length,), 1)
                 paging = Paging.of([[7, 8]], segments)
-                got = [own.copy() for own in (*segments.tables, *paging.tables)]
-                tables_of_few(1, *got)
+                got = made(segments, paging)
                 assert got[-1].tolist() == [place % BLOCK for place in range(start, start + length)]
                 assert got[-2].tolist() == [7 + place // BLOCK for place in range(start, start + length)]
                 assert torch.equal(torch.from_numpy(got[6]), segments.offsets)
