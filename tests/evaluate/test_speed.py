@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from nemotron_h.config import cost
-from nemotron_h.config.model import AttentionConfig, MambaConfig, MlpConfig, ModelConfig
+from nemotron_h.config.model import AttentionConfig, MambaConfig, MlpConfig
+from nemotron_h.config.plan import prompt_flops
 from nemotron_h.config.presets import PRESETS
 from nemotron_h.errors import CapacityError, RequestError
 from nemotron_h.evaluate import speed
@@ -24,7 +24,6 @@ from nemotron_h.evaluate.speed import (
     decode,
     installed,
     prefill,
-    prompt_flops,
     together,
     untrained,
 )
@@ -83,14 +82,6 @@ def test_roofs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert alone == pytest.approx(128 / (512 / roof(prefill("int8", 512)) + 127 / eight), rel=0.02)
     monkeypatch.setattr(speed.machine, "matmul_rates", lambda **sizes: {"bfloat16": 1e10, "float32": 1e11})
     assert roof(prefill("bfloat16", 512)) == 1e11 / flops  # widened
-
-
-def test_behind_the_last_mixing_layer_one_token_of_a_prompt_is_computed() -> None:
-    config = ModelConfig.from_pattern("M-*-", **SIZES)
-    whole = sum(cost.prefill_flops(config, 100).values())
-    ends = 64 * 32 + 2 * 48 * 64  # the attention's o_proj, the FFN's two
-    assert prompt_flops(config, 100) == pytest.approx(whole - 2 * ends * 0.99)
-    assert prompt_flops(config, 1) == sum(cost.prefill_flops(config, 1).values())
 
 
 class Told:

@@ -19,6 +19,7 @@ from nemotron_h.cli.chat import chat
 from nemotron_h.cli.convert import convert
 from nemotron_h.cli.generate import generate
 from nemotron_h.cli.ls import ls
+from nemotron_h.cli.plan import plan
 from nemotron_h.cli.pull import pull
 from nemotron_h.cli.quantize import quantize
 from nemotron_h.cli.run import run
@@ -37,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (run, train, generate, chat, show, verify, pull, ls, convert, quantize, bench):
+for verb in (run, train, generate, chat, show, verify, pull, ls, convert, quantize, bench, plan):
     app.command()(verb)
 
 

@@ -211,6 +211,30 @@ def state_bytes(config: ModelConfig, *, state_bits: int = 32, input_bits: int = 
     }
 
 
+def activation_bytes(config: ModelConfig, rows: int, drawn: int = 1, *, bits: int = 16) -> int:
+    """Bytes of what a step holds besides, about: rows of tokens that go through together, the head reading `drawn`.
+
+    The stream and its norm, the widest layer's numbers in between, in the model's dtype, 32 or 16 bits; logits in
+    float32. A scan's or a softmax's own small tables are not in it.
+    """
+    _at_least("rows", rows, 1)
+    _at_least("drawn", drawn, 0)
+    _one_of("bits", bits, (32, 16))
+    widest = max(_inner_width(layer) for layer in config.layers)
+    return rows * _bytes(2 * config.hidden_size + widest, bits) + drawn * _bytes(config.vocab_size, 32)
+
+
+def _inner_width(layer: LayerConfig) -> int:
+    """Numbers of a token between a layer's norm and its output."""
+    match layer:
+        case MambaConfig():  # z; x, B and C before the conv and after it; dt; y
+            return 2 * layer.inner_size + 2 * layer.conv_channels + layer.num_heads
+        case AttentionConfig():  # queries, keys, values, and what is attended
+            return 2 * (layer.num_heads + layer.num_kv_heads) * layer.head_dim
+        case MlpConfig():
+            return layer.intermediate_size
+
+
 def peak_bytes(
     config: ModelConfig,
     context_tokens: int,

@@ -4,7 +4,11 @@ Source: NVIDIA's data sheets, for dense products that add up in float32. What th
 of arXiv:2508.14444; the RTX 5090's memory is that of arXiv:2504.03624, section 4.
 """
 
-from nemotron_h.config.settings import nearest, settings
+import json
+import tomllib
+from pathlib import Path
+
+from nemotron_h.config.settings import from_mapping, nearest, settings
 from nemotron_h.errors import ConfigError, UnsupportedError
 
 TERA, GIB = 10**12, 2**30
@@ -27,6 +31,14 @@ class Device:
             )
         return self.peaks[precision]
 
+    def peak_for(self, weights: str) -> float:
+        """FLOP/s of products by weights stored so: in their own format where it multiplies in that, else in the widest
+        of fewer bits than they are unpacked to, bfloat16 or float32."""
+        for precision in (weights, "bfloat16", "float32"):
+            if precision in self.peaks:
+                return self.peaks[precision]
+        raise UnsupportedError(f"peaks: must have {weights}, bfloat16 or float32; got {', '.join(self.peaks)}")
+
 
 DEVICES = {
     "h100": Device(
@@ -47,13 +59,29 @@ DEVICES = {
         bandwidth_bytes_per_second=0.6 * TERA,
         memory_bytes=round(22.06 * GIB),
     ),
-    "rtx-5090": Device(
+    "rtx5090": Device(
         name="RTX 5090",
         peaks={"bfloat16": 210 * TERA, "fp8": 419 * TERA},
         bandwidth_bytes_per_second=1.79 * TERA,
         memory_bytes=32 * GIB,
     ),
 }
+
+
+def read_device(path: Path) -> Device:
+    """The device that a file describes, TOML or JSON: the fields of Device. Raises: ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(f"{path}: must be a readable file; got {error.strerror}") from None
+    except ValueError as error:  # no UTF-8, no JSON, no TOML
+        raise ConfigError(f"{path}: must be TOML or JSON; got {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{path}: must be a table of name, peaks, bandwidth_bytes_per_second, memory_bytes; got a value"
+        )
+    return from_mapping(Device, values, f"{path}: ")
 
 
 def device(name: str) -> Device:

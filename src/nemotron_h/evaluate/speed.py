@@ -29,17 +29,18 @@ from nemotron_h.checkpoint.save import save
 from nemotron_h.config import cost
 from nemotron_h.config.gguf import GgufType
 from nemotron_h.config.keys import CONFIG_FILE
-from nemotron_h.config.model import MlpConfig, ModelConfig
+from nemotron_h.config.model import ModelConfig
+from nemotron_h.config.plan import Work, prompt_flops, read_bytes
 from nemotron_h.config.presets import PRESETS
 from nemotron_h.config.published import read_config
 from nemotron_h.convert.gguf import write_gguf
 from nemotron_h.errors import CapacityError, NemotronError, RequestError
 from nemotron_h.evaluate.contestants.contest import Contestant, Failed, turns
+from nemotron_h.evaluate.here import peaks
 from nemotron_h.evaluate.rows import Row, row
 from nemotron_h.model.hybrid import Hybrid
 from nemotron_h.model.init import initialise
 from nemotron_h.ops.jit.linear import PRODUCTS
-from nemotron_h.ops.jit.quads import ADDS_QUADS
 from nemotron_h.precision.weights import BITS
 
 LOG = logging.getLogger(__name__)
@@ -222,13 +223,13 @@ class Roof:
     """The machine, which takes its turn as a contestant does. It answers a question by the tokens per second that its
     rates of the moment would allow.
 
-    A prompt is bound by products: bfloat16's or float32's, to which the former may be widened; of 8-bit integers four
-    times those of float32 where one instruction takes four at a time (VNNI), else twice them. A token is bound by what
-    it reads: weights, state, keys and values. Requests at once are bound by one after the other.
+    A prompt is bound by products, a token by what it reads: weights, state, keys and values. Requests at once are bound
+    by one after the other.
     """
 
     def __init__(self, config: ModelConfig, question: Question) -> None:
         self.config, self.precision = config, question.precision
+        self.work = Work(weights=question.precision)
 
     def ask(self, question: str, **details: int) -> float:
         answers: dict[str, Callable[..., float]] = {
@@ -239,40 +240,14 @@ class Roof:
         return answers[question](**details)
 
     def prefill(self, length: int) -> float:
-        return self.products() / prompt_flops(self.config, length)
+        return peaks()[self.precision] / prompt_flops(self.config, length)
 
     def decode(self, length: int, after: int) -> float:
-        return machine.bandwidth() / self.bytes_read(1, after)
+        return machine.bandwidth() / read_bytes(self.config, self.work, 1, after)
 
     def serving(self, count: int, length: int, new: int) -> float:
-        products, memory = self.products(), machine.bandwidth()
+        products, memory = peaks()[self.precision], machine.bandwidth()
         reading = count * length * prompt_flops(self.config, length) / products
         flops = sum(cost.decode_flops(self.config, length + new // 2).values())
-        step = max(self.bytes_read(count, length + new // 2) / memory, count * flops / products)
+        step = max(read_bytes(self.config, self.work, count, length + new // 2) / memory, count * flops / products)
         return count * new / (reading + (new - 1) * step)
-
-    def products(self) -> float:
-        """Operations per second."""
-        rates = machine.matmul_rates(size=1024, rows=512)
-        if self.precision in BITS:
-            return rates["float32"] * (4 if ADDS_QUADS else 2)
-        return max(rates[self.precision], rates["float32"])
-
-    def bytes_read(self, count: int, after: int) -> int:
-        """For a token of each of so many sequences."""
-        bits = 32 if self.precision == "float32" else 16
-        parts, state = cost.weight_bytes(self.config, self.precision), cost.state_bytes(self.config, input_bits=bits)
-        # a tied head reads the embedding, unless it is in integers and has weights of its own
-        head = parts["head"] or parts["embedding"]
-        context = sum(state.values()) - state["draft inputs"] + cost.token_bytes(self.config, bits) * after
-        return parts["matrices"] + head + parts["vectors"] + count * context
-
-
-def prompt_flops(config: ModelConfig, length: int) -> float:
-    """Of a token of a prompt on average, up to the first new token: from the products on with which the last layer that
-    mixes tokens ends, only the last token is needed."""
-    last = max((place for place, layer in enumerate(config.layers) if not isinstance(layer, MlpConfig)), default=0)
-    ends = cost.matrices(config.layers[last], config.hidden_size)[-1:]
-    ends += [shape for layer in config.layers[last + 1 :] for shape in cost.matrices(layer, config.hidden_size)]
-    spared = 2 * sum(rows * columns for rows, columns in ends) * (1 - 1 / length)
-    return sum(cost.prefill_flops(config, length).values()) - spared
